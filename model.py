@@ -434,7 +434,7 @@ class Llama(nn.Module):
         """ids (B, T), mask (B, T) of 1 (token) and 0 (padding, on either side) -> logits (B, T, V); `where` as in T5."""
         positions = (attention_mask.cumsum(1) - 1).clamp(min=0)
         mask = self.mask(attention_mask.bool(), input_ids.shape[1])
-        return self.head(self.hidden(input_ids, positions, mask, lambda layer, k, v: (k, v)))
+        return self.head(self.hidden(input_ids, positions, mask, lambda layer, k, v: (k, v))[where])
 
     def prefill(self, input_ids, attention_mask, room):
         """Read the prompts once -> (cache with room for that many more tokens, logits (B, V) of the next one)."""
