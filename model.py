@@ -89,7 +89,7 @@ class Cache:
     def __init__(self, n_layers, shape, like):
         self.k, self.v = ([like.new_empty(shape) for _ in range(n_layers)] for _ in "kv")  # (B, H, room, Dh) each
         self.length = 0  # tokens held so far
-        self.mask = self.sees_all = self.positions = self.cross = self.bias = None  # filled by the model's prefill
+        self.mask = self.sees_all = self.cross = self.bias = None  # filled by the model's prefill
 
     def append(self, layer, k, v):
         """k, v (B, H, T, Dh) of the next T tokens -> all keys and values of this layer so far."""
@@ -101,7 +101,7 @@ class Cache:
         """Keep these rows of the batch, in this order; a row named twice is copied."""
         self.k, self.v = [k[rows] for k in self.k], [v[rows] for v in self.v]
         self.cross = self.cross and [(k[rows], v[rows]) for k, v in self.cross]
-        self.mask, self.positions = (None if x is None else x[rows] for x in (self.mask, self.positions))
+        self.mask = self.mask[rows]
 
 
 def pad(sequences, value=0):
@@ -345,8 +345,8 @@ def rotate(x, cos, sin):
 
 
 def rotations(positions, frequencies, dtype):
-    """positions (B, T) -> cos, sin (B, 1, T, Dh); in the first half the sine is negative, as a rotation has it."""
-    angles = positions[:, None, :, None] * frequencies
+    """positions (T,) -> cos, sin (T, Dh); in the first half the sine is negative, as a rotation has it."""
+    angles = positions[:, None] * frequencies
     cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
     return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
 
@@ -382,7 +382,8 @@ class Llama(nn.Module):
     DEFAULTS = dict(
         model_type="llama", vocab_size=32000, hidden_size=4096, intermediate_size=11008, num_hidden_layers=32,
         num_attention_heads=32, num_key_value_heads=None, head_dim=None, rms_norm_eps=1e-6, rope_theta=10000.0,
-        sliding_window=None, tie_word_embeddings=False, hidden_act="silu", pad_token_id=None, eos_token_id=2)
+        sliding_window=None, tie_word_embeddings=False, hidden_act="silu", initializer_range=0.02, pad_token_id=None,
+        eos_token_id=2)
     IGNORED = ("rotary_emb.inv_freq", "lm_head.weight")  # the second: a copy, where the head is tied
 
     def __init__(self, config):
@@ -410,13 +411,16 @@ class Llama(nn.Module):
             self.lm_head = Linear(c.hidden_size, c.vocab_size)
         for p in self.parameters():
             if p.dim() == 2 and not p.is_meta:
-                nn.init.normal_(p, std=0.02)
+                nn.init.normal_(p, std=c.initializer_range)
 
-    def hidden(self, tokens, positions, mask, store):
-        """tokens, positions (B, T), mask as `mask` gives it; store(layer, k, v) -> all keys and values. (B, T, D)"""
+    def hidden(self, tokens, start, mask, store):
+        """tokens (B, T), the first at place `start`; store(layer, k, v) -> all keys and values. Returns (B, T, D).
+
+        Places are counted with the padding: RoPE's scores depend on distances alone.
+        """
         h = self.model["embed_tokens"](tokens)
         self.frequencies = self.frequencies.to(h.device)
-        cos, sin = rotations(positions, self.frequencies, h.dtype)
+        cos, sin = rotations(torch.arange(start, start + h.shape[1], device=h.device), self.frequencies, h.dtype)
         for i, layer in enumerate(self.model["layers"]):
             h = layer(h, cos, sin, mask, functools.partial(store, i))
         return self.model["norm"](h)
@@ -431,10 +435,9 @@ class Llama(nn.Module):
         return mask | torch.eye(n, dtype=torch.bool, device=mask.device)[n - n_queries :]
 
     def forward(self, input_ids, attention_mask, where=slice(None)):
-        """ids (B, T), mask (B, T) of 1 (token) and 0 (padding, on either side) -> logits (B, T, V); `where` as in T5."""
-        positions = (attention_mask.cumsum(1) - 1).clamp(min=0)
+        """ids (B, T), mask (B, T) of 1 (token) and 0 (padding, either side) -> logits (B, T, V); `where` as in T5."""
         mask = self.mask(attention_mask.bool(), input_ids.shape[1])
-        return self.head(self.hidden(input_ids, positions, mask, lambda layer, k, v: (k, v))[where])
+        return self.head(self.hidden(input_ids, 0, mask, lambda layer, k, v: (k, v))[where])
 
     def prefill(self, input_ids, attention_mask, room):
         """Read the prompts once -> (cache with room for that many more tokens, logits (B, V) of the next one)."""
@@ -445,15 +448,13 @@ class Llama(nn.Module):
         cache = Cache(c.num_hidden_layers, shape, self.model["embed_tokens"].weight)
         cache.mask = F.pad(is_token, (0, room), value=True)
         cache.sees_all = not c.sliding_window and bool(is_token.all())
-        cache.positions = is_token.sum(1, keepdim=True) - longest  # of the cache's first place: minus the padding
         return cache, self.head(self.read(tokens, cache)[:, -1])
 
     def read(self, tokens, cache):
         """The next tokens (B, T) -> hidden states (B, T, D); the cache grows by T."""
         T, end = tokens.shape[1], cache.length + tokens.shape[1]
-        positions = (cache.positions + torch.arange(cache.length, end, device=tokens.device)).clamp(min=0)
         mask = None if T == 1 and cache.sees_all else self.mask(cache.mask[:, :end], T)
-        h, cache.length = self.hidden(tokens, positions, mask, cache.append), end
+        h, cache.length = self.hidden(tokens, cache.length, mask, cache.append), end
         return h
 
     def step(self, tokens, cache):

@@ -43,9 +43,9 @@ CASES = {  # name: (config, changes of the spelling, or of the storage, of what 
                 ("torch_dtype", "rope_theta")),
     "bert": (transformers.BertConfig(vocab_size=VOCAB, hidden_size=16, num_hidden_layers=2, num_attention_heads=4,
                                      intermediate_size=24, max_position_embeddings=40), ("torch_dtype",)),
-}  # fmt: skip
+}
 CLASSES = {"t5": transformers.T5ForConditionalGeneration, "llama": transformers.LlamaForCausalLM,
-           "mistral": transformers.MistralForCausalLM, "bert": transformers.BertModel}  # fmt: skip
+           "mistral": transformers.MistralForCausalLM, "bert": transformers.BertModel}
 
 
 def make_tokenizer(kind):
@@ -99,7 +99,7 @@ def generate(model, rows, eos):
     for i, row in enumerate(rows):
         mask = torch.ones_like(row)[None]
         g = model.generate(row[None], attention_mask=mask, max_new_tokens=NEW, do_sample=False,
-                           output_scores=True, return_dict_in_generate=True)  # fmt: skip
+                           output_scores=True, return_dict_in_generate=True)
         new = g.sequences[0, -len(g.scores) :]
         out[i, : len(new)] = new
         top = torch.cat(g.scores).topk(2).values

@@ -157,17 +157,18 @@ def test_relative_position_buckets_written_out():
     """32 buckets up to distance 128 (T5's own): exact below 8 (16), then 8 (16) logarithmic steps, then the last."""
     both = M.relative_position_buckets(300, 300, True, 32, 128)
     assert both[0, [0, 1, 7, 8, 11, 12, 15, 16, 22, 23, 31, 32, 45, 46, 63, 64, 90, 91, 127, 299]].tolist() == [
-        0, 17, 23, 24, 24, 25, 25, 26, 26, 27, 27, 28, 28, 29, 29, 30, 30, 31, 31, 31]  # fmt: skip
+        0, 17, 23, 24, 24, 25, 25, 26, 26, 27, 27, 28, 28, 29, 29, 30, 30, 31, 31, 31]
     assert torch.equal(both.T[0, 1:], both[0, 1:] - 16)  # keys behind take the lower half
     causal = M.relative_position_buckets(300, 300, False, 32, 128)
-    assert causal[299, [299, 298, 284, 283, 279, 278, 200, 172, 171, 0]].tolist() == [0, 1, 15, 16, 17, 18, 30, 31, 31, 31]
+    at = [299, 298, 284, 283, 279, 278, 200, 172, 171, 0]
+    assert causal[299, at].tolist() == [0, 1, 15, 16, 17, 18, 30, 31, 31, 31]
     assert causal[0, 1:].eq(0).all()  # what the mask hides
 
 
 def test_rope_frequencies_written_out():
     close(M.rope_frequencies(8, 10000.0), torch.tensor([1.0, 0.1, 0.01, 0.001]), atol=1e-8)
     scaling = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-               "original_max_position_embeddings": 64}  # fmt: skip
+               "original_max_position_embeddings": 64}
     # theta 500: wavelengths 6.28 (kept), 29.7 (between 64/4 and 64/1), 140.5 and 664 (slowed 8 times)
     base = [500 ** (-i / 4) for i in range(4)]
     smooth = (64 / (2 * math.pi / base[1]) - 1) / 3
@@ -179,14 +180,14 @@ def test_rope_frequencies_written_out():
 
 def test_rotation_written_out_and_scores_depend_on_distance_alone():
     x = torch.tensor([1.0, 2.0, 3.0, 4.0]).view(1, 1, 1, 4)  # pairs (1, 3) and (2, 4), turned by a quarter and a half
-    quarter_half = M.rotations(torch.tensor([[1]]), torch.tensor([math.pi / 2, math.pi]), torch.float32)
+    quarter_half = M.rotations(torch.tensor([1]), torch.tensor([math.pi / 2, math.pi]), torch.float32)
     close(M.rotate(x, *quarter_half)[0, 0, 0], torch.tensor([-3.0, -2.0, 1.0, -4.0]), atol=1e-6)
 
     q, k = torch.randn(2, 1, 1, 1, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     frequencies = M.rope_frequencies(8, 10000.0).double()
 
     def score(m, n):
-        turned = (M.rotate(x, *M.rotations(torch.tensor([[p]]), frequencies, x.dtype)) for x, p in ((q, m), (k, n)))
+        turned = (M.rotate(x, *M.rotations(torch.tensor([p]), frequencies, x.dtype)) for x, p in ((q, m), (k, n)))
         return math.prod(turned).sum().item()
 
     assert score(3, 1) == pytest.approx(score(103, 101)) == pytest.approx(score(1002, 1000))
@@ -205,6 +206,47 @@ def test_t5_dropout_only_in_training():
         assert torch.equal(model(*inputs), model(*inputs))
         model.train()
         assert not torch.equal(model(*inputs), model(*inputs))
+
+
+def test_t5_dropout_falls_where_t5_drops(monkeypatch):
+    """Embeddings and final norm of both stacks; in every layer attention weights, and what each part adds; in wi."""
+    model, _, golden, rows = load("flan-t5")
+    plain, calls = F.dropout, []
+    monkeypatch.setattr(F, "dropout", lambda x, p, training=True: calls.append((p, training)) or plain(x, p, training))
+    model.train()(*pad(rows, "right"), golden["decoder"])
+    assert calls == [(0.1, True)] * (2 * 2 + 2 * 4 + 2 * 6)
+
+
+def test_t5_initialisation_is_that_of_mesh_tensorflow():
+    torch.manual_seed(0)
+    model = M.T5(dict(vocab_size=500, d_model=64, d_kv=16, d_ff=256, num_layers=1, num_heads=8,
+                      feed_forward_proj="gated-gelu", tie_word_embeddings=False))
+    expected = {"shared": 1, "SelfAttention.q": (64 * 16) ** -0.5, "EncDecAttention.k": 64**-0.5, ".o": 128**-0.5,
+                "wi_1": 64**-0.5, "DenseReluDense.wo": 256**-0.5, "lm_head": 64**-0.5, "attention_bias": 64**-0.5}
+    for name, p in model.named_parameters():
+        for part, std in expected.items():
+            if f"{part}.weight" in name:
+                assert p.std().item() == pytest.approx(std, rel=0.12), name
+
+
+@torch.no_grad()
+def test_logits_only_where_they_are_wanted():
+    for name in ("llama-2", "t5"):
+        model, _, golden, rows = load(name)
+        ids, mask = pad(rows, "right")
+        extra = (golden["decoder"],) if name == "t5" else ()
+        full = model(ids, mask, *extra)
+        where = torch.rand(full.shape[:2], generator=torch.Generator().manual_seed(0)) < 0.3
+        close(model(ids, mask, *extra, where=where), full[where], atol=1e-6)
+
+
+def test_t5_trains_after_inference_mode():
+    """The table of position buckets is kept between calls: it must not be born an inference tensor."""
+    M.relative_position_buckets.cache_clear()
+    model, _, golden, rows = load("t5")
+    with torch.inference_mode():
+        model(*pad(rows, "right"), golden["decoder"])
+    model(*pad(rows, "right"), golden["decoder"]).sum().backward()
 
 
 def test_t5_gradients_reach_every_weight_and_match_differences():
@@ -304,6 +346,17 @@ def test_generate_length_limits():
         assert model.generate(ids, mask, 0).shape == (N, 0)
         model.config["eos_token_id"] = sorted(set(longer[:, 0].tolist()))
         assert model.generate(ids, mask, 20).shape == (N, 1)  # all rows end at once: nothing more is computed
+        model.config["eos_token_id"] = None  # never ends
+        assert model.generate(ids, mask, 20).shape == (N, 20)
+
+
+def test_generate_pads_with_the_end_token_where_there_is_no_padding_token():
+    for pad_id, eos, filler in ((-1, 5, 5), (None, [6, 5], 6), (3, 5, 3)):  # -1: as old Llamas have it
+        model, _, _, rows = load("llama-2")
+        first = model.generate(*pad(rows, "left"), 1)[0, 0].item()
+        eos = [first if e == 5 else e for e in eos] if isinstance(eos, list) else first
+        model.config.update(pad_token_id=pad_id, eos_token_id=eos)
+        assert (model.generate(*pad(rows, "left"), 5)[0, 1:] == (first if filler == 5 else filler)).all()
 
 
 @torch.no_grad()
@@ -366,8 +419,37 @@ def test_load_save_load_is_equal_to_the_bit(name, tmp_path):
         k: v for k, v in model.config.items() if k not in ("architectures", "torch_dtype", "dtype")
     }.items()
     assert tokenizer_again.to_str() == tokenizer.to_str()
+    config = json.loads((tmp_path / "new" / "folder" / "config.json").read_text())
+    assert getattr(torch, config["torch_dtype"]) == next(model.parameters()).dtype and "dtype" not in config
     assert sorted(f.name for f in (tmp_path / "new" / "folder").iterdir()) == [
-        "config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"]  # fmt: skip
+        "config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"]
+
+
+@pytest.mark.parametrize("name, extra", [
+    ("t5", ["lm_head.weight", "encoder.embed_tokens.weight", "decoder.embed_tokens.weight",
+            "decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight"]),
+    ("llama-3.2", ["lm_head.weight", "model.layers.0.self_attn.rotary_emb.inv_freq"]),
+    ("bert", ["embeddings.position_ids", "bert.pooler.dense.bias", "cls.predictions.bias"]),
+])
+def test_load_ignores_what_checkpoints_store_for_nothing(name, extra, tmp_path):
+    folder = copy(name, tmp_path)
+    weights(folder, lambda t: t.update({key: torch.full((3,), math.nan) for key in extra}))
+    a, b = M.load(folder)[0].state_dict(), M.load(FIXTURES / name)[0].state_dict()
+    assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_load_reads_bert_with_the_prefix_of_its_heads(tmp_path):
+    folder = copy("bert", tmp_path)
+    weights(folder, lambda t: [t.update({f"bert.{key}": t.pop(key)}) for key in list(t)])
+    assert torch.equal(M.load(folder)[0].embeddings["LayerNorm"].weight, load("bert")[0].embeddings["LayerNorm"].weight)
+
+
+def test_load_initialises_nothing():
+    """Random numbers drawn on loading would mean memory and time for weights that are thrown away."""
+    before = torch.get_rng_state()
+    for name in ("t5", "llama-2", "bert"):
+        M.load(FIXTURES / name)
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_save_over_itself_and_load_again(tmp_path):
@@ -396,7 +478,7 @@ def test_fresh_models_train_save_and_load(tmp_path):
         model, tokenizer = M.T5(config).train(), load("t5")[1]
         optimizer, ids = torch.optim.Adam(model.parameters(), 1e-2), torch.randint(3, 64, (8, 6))
         losses = []
-        for _ in range(40):
+        for _ in range(20):
             logits = model(ids, torch.ones_like(ids), F.pad(ids[:, :-1], (1, 0)))
             losses.append(F.cross_entropy(logits.flatten(0, 1), ids.flatten()))
             optimizer.zero_grad()
@@ -439,7 +521,7 @@ def test_minilm_tells_related_sentences_from_unrelated():
     folder = next(Path(f.locate()).parent for f in files if f.name == "model.safetensors")
     bert, tokenizer = M.load(folder)
     texts = ["How do I bake bread?", "A recipe for a sourdough loaf", "The stock market fell sharply today",
-             "Shares tumbled on Wall Street", "The otter nurses her pups", "A mother otter feeds milk to her young"]  # fmt: skip
+             "Shares tumbled on Wall Street", "The otter nurses her pups", "A mother otter feeds milk to her young"]
     scores = M.embed(bert, tokenizer, texts) @ M.embed(bert, tokenizer, texts).T
     close(scores.diagonal(), torch.ones(6))
     for i in range(0, 6, 2):
@@ -480,18 +562,18 @@ def big_tokenizer(folder):
 
 Q = "model.layers.1.self_attn.q_proj.weight"
 CLAIM = b'{"a":{"dtype":"F32","shape":[1000000000],"data_offsets":[0,4000000000]}}'
-MAP = "weight_map"
+MAP, SHARD, INFINITE = "weight_map", "model-00001-of-00004.safetensors", f"tensor {Q} holds NaN or infinite numbers"
 BAD = {  # what is done to a copy of a fixture: (fixture, change of the folder, words of the message)
     "missing folder": ("llama-2", shutil.rmtree, "no such folder"),
     "no config": ("llama-2", lambda d: (d / "config.json").unlink(), "config.json: no such file"),
-    "config not JSON": ("llama-2", lambda d: (d / "config.json").write_text("{'a': 1}"), "config.json: not readable as JSON"),
-    "config not UTF-8": ("llama-2", lambda d: (d / "config.json").write_bytes(b'{"a": "\xff"}'), "config.json: not readable"),
-    "config too deep": ("llama-2", lambda d: (d / "config.json").write_text("[" * 10**5), "config.json: not readable as JSON"),
+    "config not JSON": ("llama-2", lambda d: (d / "config.json").write_text("{'a': 1}"), "config.json: not read"),
+    "config not UTF-8": ("llama-2", lambda d: (d / "config.json").write_bytes(b'{"a": "\xff"}'), "config.json: not"),
+    "config too deep": ("llama-2", lambda d: (d / "config.json").write_text("[" * 10**5), "config.json: not rea"),
     "config a list": ("llama-2", lambda d: (d / "config.json").write_text("[]"), "config.json: model_type None"),
-    "config a folder": ("llama-2", lambda d: ((d / "config.json").unlink(), (d / "config.json").mkdir()), "config.json"),
-    "unsupported type": ("llama-2", lambda d: edit_config(d, model_type="gpt2"), "'gpt2' is not supported; take one of t5,"),
+    "config a folder": ("llama-2", lambda d: ((d / "config.json").unlink(), (d / "config.json").mkdir()), "JSON"),
+    "unsupported type": ("llama-2", lambda d: edit_config(d, model_type="gpt2"), "'gpt2' is not supported; take one"),
     "type a list": ("llama-2", lambda d: edit_config(d, model_type=["llama"]), "is not supported; take one of t5,"),
-    "no tokenizer": ("llama-2", lambda d: (d / "tokenizer.json").unlink(), "tokenizer.json: no such file; save it with"),
+    "no tokenizer": ("llama-2", lambda d: (d / "tokenizer.json").unlink(), "tokenizer.json: no such file; save it"),
     "bad tokenizer": ("llama-2", lambda d: (d / "tokenizer.json").write_text("{}"), "tokenizer.json: not a tokenizer"),
     "big tokenizer": ("llama-2", big_tokenizer, "tokenizer.json: token id 64, but config.json says vocab_size 64"),
     "only pickles": ("llama-2", lambda d: (d / "model.safetensors").rename(d / "pytorch_model.bin"),
@@ -507,45 +589,47 @@ BAD = {  # what is done to a copy of a fixture: (fixture, change of the folder, 
     "index a list": ("llama-3.1", lambda d: index(d, lambda v: [v]), "index.json: has no weight_map"),
     "no weight_map": ("llama-3.1", lambda d: index(d, lambda v: {}), "index.json: has no weight_map"),
     "weight_map of numbers": ("llama-3.1", lambda d: index(d, lambda v: {MAP: {"a": 3}}), "index.json: names 3"),
-    "index leaves": ("llama-3.1", lambda d: index(d, lambda v: {MAP: {"a": "../llama-3.1/model-00001-of-00004.safetensors"}}),
+    "index leaves": ("llama-3.1", lambda d: index(d, lambda v: {MAP: {"a": f"../llama-3.1/{SHARD}"}}),
                      "which is not in the folder"),
-    "index absolute": ("llama-3.1", lambda d: index(d, lambda v: {MAP: {"a": str(d / "model-00001-of-00004.safetensors")}}),
+    "index absolute": ("llama-3.1", lambda d: index(d, lambda v: {MAP: {"a": str(d / SHARD)}}),
                        "which is not in the folder"),
     "index parent": ("llama-3.1", lambda d: index(d, lambda v: {MAP: {"a": ".."}}), "which is not in the folder"),
     "missing tensor": ("llama-2", lambda d: weights(d, lambda t: t.pop(Q)), f"tensor {Q} is missing"),
-    "missing two": ("llama-2", lambda d: weights(d, lambda t: (t.pop(Q), t.pop("lm_head.weight"))), "is missing, and 1 more"),
-    "left-over tensor": ("llama-2", lambda d: weights(d, lambda t: t.update(bias=torch.ones(2))), "tensor bias has no place"),
+    "missing two": ("llama-2", lambda d: weights(d, lambda t: (t.pop(Q), t.pop("lm_head.weight"))), "and 1 more"),
+    "left-over tensor": ("llama-2", lambda d: weights(d, lambda t: t.update(bias=torch.ones(2))), "bias has no place"),
     "fewer layers": ("llama-2", lambda d: edit_config(d, num_hidden_layers=1), "has no place in"),
-    "wrong shape": ("llama-2", lambda d: edit_config(d, intermediate_size=25), "is (16, 24), config.json says (16, 25)"),
-    "NaN": ("llama-2", lambda d: weights(d, lambda t: nan(t, Q)), f"tensor {Q} holds NaN or infinite numbers"),
-    "infinite": ("llama-2", lambda d: weights(d, lambda t: nan(t, Q, -math.inf)), f"tensor {Q} holds NaN or infinite numbers"),
-    "NaN in bfloat16": ("llama-3.2", lambda d: weights(d, lambda t: nan(t, Q)), f"tensor {Q} holds NaN or infinite numbers"),
-    "quantised": ("llama-2", lambda d: weights(d, lambda t: t.update({Q: t[Q].to(torch.int8)})), f"tensor {Q} is stored as"),
-    "other activation": ("llama-2", lambda d: edit_config(d, hidden_act="gelu"), "hidden_act must be 'silu', not 'gelu'"),
+    "wrong shape": ("llama-2", lambda d: edit_config(d, intermediate_size=25), "is (16, 24), config.json says (16,"),
+    "NaN": ("llama-2", lambda d: weights(d, lambda t: nan(t, Q)), INFINITE),
+    "infinite": ("llama-2", lambda d: weights(d, lambda t: nan(t, Q, -math.inf)), INFINITE),
+    "NaN in bfloat16": ("llama-3.2", lambda d: weights(d, lambda t: nan(t, Q)), INFINITE),
+    "quantised": ("llama-2", lambda d: weights(d, lambda t: t.update({Q: t[Q].char()})), f"tensor {Q} is stored as"),
+    "other activation": ("llama-2", lambda d: edit_config(d, hidden_act="gelu"), "hidden_act must be 'silu'"),
     "T5 activation": ("t5", lambda d: edit_config(d, feed_forward_proj="gated-mish"), "feed_forward_proj"),
     "BERT activation": ("bert", lambda d: edit_config(d, hidden_act="mish"), "hidden_act"),
-    "BERT positions": ("bert", lambda d: edit_config(d, position_embedding_type="relative_key"), "position_embedding_type"),
-    "rope of another kind": ("llama-3.1", lambda d: edit_config(d, rope_scaling={"type": "yarn"}), "'yarn' is not supported"),
+    "BERT positions": ("bert", lambda d: edit_config(d, position_embedding_type="relative"), "position_embedding_type"),
+    "rope of another kind": ("llama-3.1", lambda d: edit_config(d, rope_scaling={"type": "yarn"}), "'yarn' is not"),
     "rope not whole": ("llama-3.1", lambda d: edit_config(d, rope_scaling={"rope_type": "llama3"}), "low_freq_factor"),
     "rope a list": ("llama-3.1", lambda d: edit_config(d, rope_scaling=[1]), "rope_scaling"),
-}  # fmt: skip
+}
 for key, value, words in (  # sizes in the config: refused before memory is taken for them
-    ("num_hidden_layers", 10**9, "num_hidden_layers"), ("num_hidden_layers", 0, "num_hidden_layers"),
+    ("num_hidden_layers", 10**9, "num_hidden_layers"), ("num_hidden_layers", 2000, "num_hidden_layers"),
+    ("num_hidden_layers", 0, "num_hidden_layers"),
     ("hidden_size", 10**9, "hidden_size"), ("hidden_size", -16, "hidden_size"), ("hidden_size", "16", "hidden_size"),
     ("hidden_size", 16.0, "hidden_size"), ("hidden_size", None, "hidden_size"), ("vocab_size", True, "vocab_size"),
     ("vocab_size", 10**18, "vocab_size"), ("intermediate_size", 10**12, "intermediate_size"),
     ("num_attention_heads", 3, "num_key_value_heads"), ("num_key_value_heads", -1, "num_key_value_heads"),
     ("head_dim", 7, "head_dim"), ("head_dim", [4], "head_dim"), ("rms_norm_eps", "x", "rms_norm_eps"),
-    ("rope_theta", -1, "rope_theta"), ("eos_token_id", "a", "eos_token_id"), ("eos_token_id", [1, None], "eos_token_id"),
+    ("rope_theta", -1, "rope_theta"), ("eos_token_id", "a", "eos_token_id"),
+    ("eos_token_id", [1, None], "eos_token_id"),
     ("sliding_window", 0, "sliding_window"), ("tie_word_embeddings", "yes", "tie_word_embeddings"),
-):  # fmt: skip
+):
     change = lambda d, key=key, value=value: edit_config(d, **{key: value})  # noqa: E731
     BAD[f"llama {key} {value}"] = ("mistral", change, f"config.json: {words}")
 for name, key, value in (
     ("t5", "num_layers", 10**9), ("t5", "d_model", 10**9), ("t5", "num_heads", "3"), ("t5", "d_kv", -6),
     ("t5", "num_decoder_layers", 10**8), ("t5", "dropout_rate", 2), ("t5", "relative_attention_num_buckets", 3),
     ("bert", "num_attention_heads", 3), ("bert", "hidden_size", 10**9), ("bert", "max_position_embeddings", -1),
-):  # fmt: skip
+):
     change = lambda d, key=key, value=value: edit_config(d, **{key: value})  # noqa: E731
     BAD[f"{name} {key} {value}"] = (name, change, f"config.json: {key}")
 
@@ -560,7 +644,7 @@ def test_load_refuses(case, tmp_path):
         M.load(folder)
     message = str(error.value)
     assert words in message and message.startswith(str(folder)) and "\n" not in message
-    assert time.perf_counter() - start < 1
+    assert time.perf_counter() - start < 5
 
 
 def test_constructors_refuse_too():
