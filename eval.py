@@ -1,7 +1,14 @@
-"""Measure students: the accuracy of one, and (below) the paper's tables over many runs.
+"""Measure students: the accuracy of one, a close look at what it learnt, and the paper's tables over many runs.
 
     python eval.py out/router-0                      # the figures that the run printed
+    python eval.py out/router-0 --show 5             # what teachers wrote, what was chosen, what the student says
     python eval.py CHECKPOINT --data DIR             # any T5 checkpoint folder, any data set
+    python eval.py --table [--quick]                 # every purifier and control, three seeds: the main table
+    python eval.py --conflict                        # TinyLLM and the router with 1, 2, 3, 4 teachers; the conflict meter
+    python eval.py --ood                             # purifiers fitted in domain, used on tasks they never saw
+    python eval.py --fit-curve                       # the router fitted on 250, 1,000 and all questions
+
+Measurements start train.py as a user would, keep what is done, and write their tables to out/NAME.md and .json.
 """
 
 import argparse
@@ -9,56 +16,296 @@ import sys
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
-    add("run", help="a run's folder (out/RUN) or a checkpoint folder")
+    add("run", nargs="?", help="a run's folder (out/RUN) or a checkpoint folder")
     add("--data", metavar="DIR", help="data set (default: the run's own)")
+    add("--show", type=int, metavar="N", help="look at N training questions closely")
     add("--device", default=None, help="cpu or cuda (default: cuda if there is one)")
+    add = parser.add_argument_group("measurements over many runs").add_argument
+    for name in ("table", "conflict", "ood", "fit-curve"):
+        add(f"--{name}", action="store_true", help="see above")
+    add("--seeds", type=int, default=3, metavar="N", help="runs of each, with seeds 0 to N - 1")
+    add("--quick", action="store_true", help="one seed and 200 steps")
+    add("--out", metavar="DIR", default="out", help="where runs and tables go")
+    add("--plot", metavar="FILE", help="with --conflict or --table: draw it (needs matplotlib)")
     return parser.parse_args(argv)
 
 
 if __name__ == "__main__":
     ARGS = parse_args()  # before the slow imports: --help answers at once
 
+import os
+import random
+import statistics
+import subprocess
+import textwrap
+from itertools import combinations
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
+from tqdm import tqdm
 
 import kp
 import model as models
+from data.micro import prepare
 from kp import BadInput
+from purify import PURIFIERS
+
+# ------------------------------------------------------------------------------------------ one student
+
+
+def open_run(args):
+    """-> (settings of the run, {} for a bare checkpoint; data; student; tokenizer)."""
+    folder, settings = Path(args.run), {}
+    if not folder.is_dir():
+        raise BadInput(f"{folder}: no such folder; give a run (out/RUN) or a checkpoint folder")
+    if (folder / "student").is_dir():
+        settings, folder = models.read_json(folder / "config.json"), folder / "student"
+    data = kp.read_data(args.data or settings.get("data") or prepare.prepare())
+    student, tokenizer = models.load(folder, args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if not isinstance(student, models.T5):
+        raise BadInput(f"{folder}: a student is a T5; this is a {student.config['model_type']}")
+    return settings, data, student, tokenizer
 
 
 def evaluate(args):
     """-> {split: {task: accuracy, ..., "mean"}} of a run's or checkpoint's student on test and ood/test."""
-    folder = Path(args.run)
-    if not folder.is_dir():
-        raise BadInput(f"{folder}: no such folder; give a run (out/RUN) or a checkpoint folder")
-    settings = {}
-    if (folder / "student").is_dir():
-        settings, folder = models.read_json(folder / "config.json"), folder / "student"
-    data = args.data or settings.get("data")
-    if data is None:
-        from data.micro import prepare
-
-        data = prepare.prepare()
-    data = kp.read_data(data)
-    student, tokenizer = models.load(folder, args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    if not isinstance(student, models.T5):
-        raise BadInput(f"{folder}: a student is a T5; this is a {student.config['model_type']}")
+    _, data, student, tokenizer = open_run(args)
     return {split: kp.accuracy(student, tokenizer, data[split]) for split in ("test", "ood/test") if split in data}
 
 
-def show(accuracies):
+def print_accuracies(accuracies):
     for split, accuracy in accuracies.items():
         print(f"  {'out of domain' if split == 'ood/test' else 'test accuracy':<16}" + "".join(f"{t:>11}" for t in accuracy))
         print(" " * 18 + "".join(f"{share:>11.3f}" for share in accuracy.values()))
 
 
+def look(args):
+    """For some training questions: what each teacher wrote, what the student was given, what it says now."""
+    settings, data, student, tokenizer = open_run(args)
+    if not settings:
+        raise BadInput(f"{args.run}: --show needs a run's folder (out/RUN), not a bare checkpoint")
+    chosen = [row for _, row in kp.read_jsonl(Path(args.run) / "purified.jsonl")]
+    questions, colour = {q.id: q for q in data["train"] + data.get("ood/train", [])}, sys.stdout.isatty() and "NO_COLOR" not in os.environ
+    shown = random.Random(settings["seed"]).sample([row for row in chosen if row["id"] in questions], min(args.show, len(chosen)))
+    folders = settings["teachers"] or [prepare.prepare() / "teachers" / name for name in prepare.TEACHERS]
+    asking = kp.Asking(settings["device"], None, settings["shots"], settings["max_new_tokens"], settings["teacher_forcing"])
+    teachers = kp.Teachers(folders, settings["cache"], asking, data["train"])
+
+    def line(label, text, right=None, strong=False):
+        mark = " " if right is None else "+" if right else "-"
+        label = f"{mark} {label[:22]:<22} "
+        text = textwrap.fill(kp.printable(text), 100, initial_indent=label, subsequent_indent=" " * len(label))
+        code = {None: "1" if strong else "0", True: "32", False: "31"}[right]
+        print(f"\033[{code}m{text}\033[0m" if colour else text)
+
+    for row in shown:
+        q = questions[row["id"]]
+        gold = q.choices[q.answer]
+        print("-" * 100)
+        line(q.task, kp.ask(q), strong=True)
+        line("right answer", gold)
+        for m, name in enumerate(teachers.names):
+            (text,) = teachers.rationales([q], [m])
+            given = "" if not row["probabilities"] else f" P={row['probabilities'][m]:.2f}"
+            line(f"{name}{given}", text, kp.conclusion(text, q.choices) == q.answer)
+        for text in row["rationales"]:
+            line("=> student learnt", text, kp.conclusion(text, q.choices) == q.answer)
+        (logps,) = kp.choice_logps(student, tokenizer, [kp.predict_prompt(q)], [q.choices])
+        guess = max(range(len(logps)), key=logps.__getitem__)
+        line("student answers", q.choices[guess], guess == q.answer)
+        ids, mask = models.pad([tokenizer.encode(kp.explain_prompt(q)).ids])
+        text = tokenizer.decode(student.generate(ids, mask, settings["max_new_tokens"])[0].tolist()).strip()
+        line("student explains", text, kp.conclusion(text, q.choices) == q.answer)
+    print("-" * 100 + "\n+ concludes on the right answer   - on another   => what the purifier gave to the student")
+
+
+# ------------------------------------------------------------------------------------------- many runs
+
+
+def run_all(args, jobs):
+    """jobs {label: train.py's arguments} x seeds -> {label: [result of each seed]}. What is done is not done again."""
+    seeds, results, todo = range(1 if args.quick else args.seeds), {}, []
+    for label, arguments in jobs.items():
+        arguments = [*map(str, arguments), *(["--steps", "200"] if args.quick else [])]
+        for seed in seeds:
+            out = Path(args.out) / ("quick" if args.quick else "runs") / f"{label}-{seed}"
+            results.setdefault(label, []).append(out / "result.json")
+            asked = [*arguments, "--seed", str(seed)]
+            if not (out / "result.json").exists() or models.read_json(out / "config.json").get("command") != asked:
+                todo.append((out, asked))
+    for out, asked in tqdm(todo, desc="runs", unit="run"):
+        command = [sys.executable, "train.py", *asked, "--out", str(out.resolve()), "--overwrite"]
+        done = subprocess.run(command, cwd=Path(__file__).parent, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+        if done.returncode:
+            raise BadInput(f"train.py {' '.join(asked)} failed: {done.stderr.strip().splitlines()[-1]}")
+    return {label: [models.read_json(path) for path in paths] for label, paths in results.items()}
+
+
+def spread(values, digits=1, scale=100):
+    """Mean ± standard deviation over seeds."""
+    values = [scale * v for v in values]
+    return f"{statistics.mean(values):.{digits}f}" + (f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else "")
+
+
+def total(result, *kinds):
+    """Tokens of these kinds in the run's ledger."""
+    return sum(n for kind, n in result["ledger"].items() if any(kind.endswith(k) for k in kinds))
+
+
+def publish(args, name, header, rows, results):
+    """Print a Markdown table; write it, and all that it was made from, to out/NAME.md and out/NAME.json."""
+    lines = [header, ["---"] * len(header), *rows]
+    text = "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines) + "\n"
+    with models.atomic(Path(args.out) / f"{name}.md") as temporary:
+        temporary.write_text(text, encoding="utf-8")
+    models.write_json(Path(args.out) / f"{name}.json", results)
+    print("\n" + text)
+
+
+def result_rows(results):
+    """One row a label: accuracies in %, tokens in thousands, seconds of training."""
+    tasks = list(next(iter(results.values()))[0]["accuracy"])
+    ood = list(next(iter(results.values()))[0]["ood"])
+    header = ["", *tasks, *(f"{t} (ood)" for t in ood), "teachers wrote k", "all read k", "student k", "train s"]
+    rows = []
+    for label, runs in results.items():
+        cells = [spread([r["accuracy"][t] for r in runs]) for t in tasks] + [spread([r["ood"][t] for r in runs]) for t in ood]
+        cost = [[total(r, "wrote") for r in runs], [total(r, "read") for r in runs], [r["student_tokens"] for r in runs]]
+        cells += [f"{statistics.mean(c) / 1000:,.0f}" for c in cost]
+        rows.append([label, *cells, f"{statistics.mean(r['seconds']['train'] for r in runs):.0f}"])
+    return header, rows
+
+
+def table(args):
+    """The paper's main table: every purifier and control."""
+    jobs = {}
+    for name in PURIFIERS:
+        if name == "single":
+            jobs |= {f"single-{t}": ["--purifier", name, "--teacher", m] for m, t in enumerate(prepare.TEACHERS)}
+        else:
+            jobs[name] = ["--purifier", name]
+    results = run_all(args, jobs)
+    publish(args, "table", *result_rows(results), results)
+    return results
+
+
+def ood(args):
+    """Purifiers fitted on the in-domain tasks only choose the rationales of tasks that they never saw."""
+    names = [name for name in PURIFIERS if name != "single"]
+    results = run_all(args, {f"ood-{name}": ["--purifier", name, "--ood", "--steps", "400"] for name in names})
+    publish(args, "ood", *result_rows(results), results)
+
+
+def fit_curve(args):
+    """What a router needs beforehand: accuracy and tokens when it is fitted on fewer questions."""
+    results = run_all(args, {f"router-fit-{n}": ["--purifier", "router", "--fit-questions", n] for n in (250, 1000, 4000)})
+    publish(args, "fit-curve", *result_rows(results), results)
+
+
+def conflict(args):
+    """Accuracy against the number of teachers (the paper's first figure), and the conflict meter."""
+    folder = prepare.prepare()
+    names = list(prepare.TEACHERS)
+    jobs = {}
+    for n in range(1, len(names) + 1):
+        some = [folder / "teachers" / name for name in names[:n]]
+        given = [] if n == len(names) else ["--data", folder, "--teachers", *some, "--shots", 0]
+        for purifier in ("none", "router") if n > 1 else ("none",):
+            jobs[purifier if n == len(names) else f"{purifier}-{n}-teachers"] = ["--purifier", purifier, *given]
+    results = run_all(args, jobs)
+    publish(args, "conflict", *result_rows(results), results)
+    rows = []
+    for purifier in ("none", "router"):
+        run = Path(args.out) / ("quick" if args.quick else "runs") / f"{purifier}-0"
+        for label, same_question, same_answer in conflict_meter(run):
+            rows.append([f"{purifier}: {label}", same_question, same_answer])
+    publish(args, "conflict-meter", ["rationales, student", "same question", "same answer"], rows, rows)
+    return results
+
+
+def conflict_meter(run, n_pairs=64):
+    """How far a run's rationales pull its student apart: the mean cosine of the gradients of L_DL for two rationales.
+
+    "same question": two teachers' rationales of one question (only where more than one is given). "same answer": two
+    questions with the same right answer, a rationale of each. 1: they teach the same; 0: unrelated; below 0: opposed.
+    Measured on n_pairs pairs before training (the student's first weights) and after it. -> rows of text.
+    """
+    settings, rng = models.read_json(run / "config.json"), random.Random(0)
+    data = kp.read_data(settings["data"] or prepare.prepare())
+    given = {row["id"]: row["rationales"] for _, row in kp.read_jsonl(run / "purified.jsonl")}
+    questions = [q for q in data["train"] if given.get(q.id)]
+    by_answer = {}
+    for q in questions:
+        by_answer.setdefault((q.task, q.choices[q.answer]), []).append(q)
+    groups = [g for g in by_answer.values() if len(g) > 1]
+    pairs = [rng.sample(rng.choice(groups), 2) for _ in range(n_pairs)]
+
+    before = settings["student"] if settings["student"] != "tiny" else prepare.prepare() / "student"
+    for label, folder in (("before training", before), ("after training", run / "student")):
+        student, tokenizer = models.load(folder)
+        encode = kp.Targets(tokenizer)
+
+        def gradient(q, text, student=student, encode=encode):
+            student.zero_grad()
+            kp.sequence_losses(student, encode([kp.explain_prompt(q)]), encode([text])).sum().backward()
+            return torch.cat([p.grad.flatten() for p in student.parameters() if p.grad is not None])
+
+        def cosine(a, b, gradient=gradient):
+            return F.cosine_similarity(gradient(*a), gradient(*b), dim=0).item()
+
+        own = [cosine((q, r), (q, s)) for q, _ in pairs for r, s in combinations(given[q.id], 2)]
+        same = [cosine((p, rng.choice(given[p.id])), (q, rng.choice(given[q.id]))) for p, q in pairs]
+        yield label, f"{statistics.mean(own):.3f}" if own else "", f"{statistics.mean(same):.3f}"
+
+
+def plot(args, conflict_results=None, table_results=None):
+    """Accuracy against the number of teachers, or against what the teachers wrote; error bars are standard deviations."""
+    try:
+        import matplotlib
+    except ImportError:
+        raise BadInput("--plot needs matplotlib; pip install matplotlib") from None
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(6, 4))
+    if conflict_results:
+        for purifier, style in (("none", "s--"), ("router", "o-")):
+            points = {len(runs[0]["teachers"]): runs for runs in conflict_results.values() if runs[0]["purifier"] == purifier}
+            ys = [[100 * r["accuracy"]["mean"] for r in points[n]] for n in sorted(points)]
+            error = [statistics.pstdev(y) for y in ys]
+            label = "TinyLLM (all rationales)" if purifier == "none" else "router (one rationale)"
+            axes.errorbar(sorted(points), [statistics.mean(y) for y in ys], error, fmt=style, color="black", capsize=4, label=label)
+        axes.set(xlabel="teachers", xticks=[1, 2, 3, 4])
+    else:
+        for marker, (label, runs) in zip("osv^<>DPX*hd8p1234", table_results.items()):
+            y = [100 * r["accuracy"]["mean"] for r in runs]
+            x = statistics.mean(total(r, "wrote", "read") + r["student_tokens"] for r in runs) / 1e6
+            axes.errorbar([x], [statistics.mean(y)], [statistics.pstdev(y)], fmt=marker, color="black", mfc="none", capsize=3, label=label)
+        axes.set(xlabel="tokens read, written and trained on (millions)")
+    axes.set_ylabel("mean in-domain test accuracy (%)")
+    axes.legend(fontsize=7, frameon=False)
+    figure.tight_layout()
+    figure.savefig(args.plot, dpi=150)
+    print(f"drawn in {args.plot}")
+
+
+def main(args):
+    if args.plot and (args.table or args.conflict):
+        plot_results = {"table_results": table(args)} if args.table else {"conflict_results": conflict(args)}
+        return plot(args, **plot_results)
+    for name, measure in (("table", table), ("conflict", conflict), ("ood", ood), ("fit_curve", fit_curve)):
+        if getattr(args, name):
+            return measure(args)
+    if args.run is None:
+        raise BadInput("nothing to do: give a run's folder, or one of --table, --conflict, --ood, --fit-curve")
+    look(args) if args.show else print_accuracies(evaluate(args))
+
+
 if __name__ == "__main__":
     try:
-        show(evaluate(ARGS))
+        main(ARGS)
     except BadInput as error:
         sys.exit(print(f"error: {error}", file=sys.stderr) or 2)

@@ -91,6 +91,11 @@ def read_data(folder):
 # ---------------------------------------------------------------------------------------------- prompts
 
 
+def printable(text):
+    """Without control characters: what a file says must not steer the reader's terminal."""
+    return "".join(c if c.isprintable() else " " for c in text)
+
+
 def ask(q):
     """The question with its choices, as teacher and student both read it."""
     return q.text + "".join(f" ({'abcdefghij'[i]}) {choice}" for i, choice in enumerate(q.choices))
@@ -183,22 +188,33 @@ def fingerprint(folder):
     return digest.hexdigest()
 
 
+@dataclass
+class Asking:
+    """How teachers are asked."""
+
+    device: str = "cpu"
+    dtype: object = None  # as stored
+    shots: int = 0  # examples in the prompt, of the question's own task
+    max_new_tokens: int = 64
+    tell_answer: bool = False  # TinyLLM's teacher forcing; without it a conclusion can be checked
+    batch_size: int = 128
+    seed: int = 0  # draws the examples
+
+
 class Teachers:
     """M checkpoint folders, asked one after the other; what they said is kept, and paid for once.
 
     The cache is one append-only JSONL file per teacher in a folder named by the teacher's fingerprint; a line's
     key hashes the prompt and the settings, so it is never stale. `ledger` counts the tokens that this run needed
-    (cache hits as if they had been computed).
+    (cache hits as if they had been computed): score_read, rationale_read and rationale_wrote.
     """
 
-    def __init__(self, folders, cache, device="cpu", dtype=None, shots=0, max_new_tokens=64, batch_size=64, tell_answer=False, seed=0):  # fmt: skip
-        self.folders = [Path(f) for f in folders]
+    def __init__(self, folders, cache, asking=None, examples=()):
+        self.folders, self.asking, self.examples = [Path(f) for f in folders], asking or Asking(), examples
         for f in self.folders:
             if not f.is_dir():
                 raise BadInput(f"{f}: no such folder; --teachers takes checkpoint folders")
-        self.names, self.device, self.dtype = [f.name for f in self.folders], device, dtype
-        self.shots, self.max_new_tokens, self.batch_size = shots, max_new_tokens, batch_size
-        self.tell_answer, self.seed = tell_answer, seed
+        self.names = [f.name for f in self.folders]
         self.files = [Path(cache) / fingerprint(f)[:16] / "said.jsonl" for f in self.folders]
         self.said = [self._recall(f) for f in self.files]
         self.loaded, self.counted, self.ledger = {}, set(), Counter()
@@ -222,16 +238,15 @@ class Teachers:
         if m not in self.loaded:
             if not self.keep_all:
                 self.loaded.clear()
-            self.loaded[m] = models.load(self.folders[m], self.device, self.dtype)
+            self.loaded[m] = models.load(self.folders[m], self.asking.device, self.asking.dtype)
         return self.loaded[m]
 
-    def _prompts(self, questions, prompt, pool=()):
+    def _prompts(self, questions, prompt):
         """In-context examples are drawn per question, from its own task, by the seed and the question's id."""
-        prompts = []
+        prompts, how = [], self.asking
         for q in questions:
-            others = [p for p in pool if p.task == q.task and p.id != q.id] if self.shots else []
-            examples = random.Random(f"{self.seed} {q.id}").sample(others, min(self.shots, len(others)))
-            prompts.append(prompt(q, examples))
+            others = [e for e in self.examples if e.task == q.task and e.id != q.id] if how.shots else []
+            prompts.append(prompt(q, random.Random(f"{how.seed} {q.id}").sample(others, min(how.shots, len(others)))))
         return prompts
 
     def _answers(self, m, kind, prompts, extras, compute):
@@ -278,7 +293,7 @@ class Teachers:
                         read = tokenizer.encode_batch([asked[i], *choices[i]])
                         save(rows[i], {"logps": logps[i], "read": sum(len(e.ids) for e in read)})
 
-                choice_logps(model, tokenizer, asked, choices, self.batch_size, progress)
+                choice_logps(model, tokenizer, asked, choices, self.asking.batch_size, progress)
 
             records = self._answers(m, "score", prompts, [q.choices for q in questions], compute)
             columns.append([float(torch.tensor(r["logps"]).softmax(0)[q.answer]) for q, r in zip(questions, records)])
@@ -288,24 +303,24 @@ class Teachers:
 
     def rationales(self, questions, picks):
         """The rationale of teacher picks[i] for questions[i]: greedy, and by default not told the answer."""
-        out = [None] * len(questions)
+        out, how = [None] * len(questions), self.asking
         for m in sorted(set(picks)):
             mine = [i for i, pick in enumerate(picks) if pick == m]
-            prompts = self._prompts([questions[i] for i in mine], lambda q, e: rationale_prompt(q, e, self.tell_answer))
+            prompts = self._prompts([questions[i] for i in mine], lambda q, e: rationale_prompt(q, e, how.tell_answer))
 
             def compute(model, tokenizer, rows, save):
                 ids = [e.ids for e in tokenizer.encode_batch([prompts[row] for row in rows])]
-                for batch in by_length(ids, self.batch_size):
-                    tokens, mask = (x.to(self.device) for x in pad([ids[i] for i in batch]))
+                for batch in by_length(ids, how.batch_size):
+                    tokens, mask = (x.to(how.device) for x in pad([ids[i] for i in batch]))
                     with torch.no_grad():
-                        new = model.generate(tokens, mask, self.max_new_tokens).tolist()
+                        new = model.generate(tokens, mask, how.max_new_tokens).tolist()
                     stop = model.config["eos_token_id"]
                     for i, row in zip(batch, new):
                         ends = [t for t, token in enumerate(row) if token in (stop if isinstance(stop, list) else [stop])]
                         row = row[: ends[0] + 1] if ends else row
                         save(rows[i], {"text": tokenizer.decode(row).strip(), "read": len(ids[i]), "wrote": len(row)})
 
-            records = self._answers(m, "rationale", prompts, [self.max_new_tokens] * len(mine), compute)
+            records = self._answers(m, "rationale", prompts, [how.max_new_tokens] * len(mine), compute)
             for i, record in zip(mine, records):
                 out[i] = record["text"]
         return out
@@ -345,18 +360,19 @@ def mean_per_row(logits, labels, where):
 
 
 def dual_loss(student, encode, questions, rationales, lam):
-    """L_PR + lambda * sum over the question's rationales of L_DL, each a mean over the batch, in one forward pass.
+    """L_PR + lambda * L_DL(r_P); with M rationales L_PR + sum_m alpha_m L_DL(r_m), alpha_m = lambda / M (TinyLLM).
 
-    questions: B of them; rationales: B lists of texts (none: answers only; one: purified; M: TinyLLM, every
-    alpha_m = lambda). Returns the loss, the answers' losses (B,), the rationales' losses (R,) detached, and the
-    number of tokens read and predicted.
+    So the rationales' weight against the answer's is the same however many there are. B questions, B lists of texts
+    (none, one or M each), one forward pass for both tasks. Returns the loss, the answers' losses (B,) and the
+    rationales' losses (R,), both detached, and the number of tokens read and predicted.
     """
     owners = [q for q, texts in zip(questions, rationales) for _ in texts]
     inputs = encode([predict_prompt(q) for q in questions] + [explain_prompt(q) for q in owners])
     targets = encode([q.choices[q.answer] for q in questions] + [text for texts in rationales for text in texts])
     losses = sequence_losses(student, inputs, targets)
     answers, explained = losses.split([len(questions), len(owners)])
-    loss = answers.mean() + lam * explained.sum() / len(questions)
+    shares = torch.tensor([1 / len(texts) for texts in rationales for _ in texts], device=losses.device)
+    loss = answers.mean() + lam * (shares * explained).sum() / len(questions)
     return loss, answers.detach(), explained.detach(), sum(map(len, inputs)) + sum(map(len, targets))
 
 

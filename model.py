@@ -515,6 +515,12 @@ class Bert(nn.Module):
     encode = forward
 
 
+def pool(encoder, input_ids, attention_mask):
+    """ids, mask (B, T) -> (B, D): the hidden states, averaged over the tokens, scaled to unit length."""
+    h = encoder.encode(input_ids, attention_mask).float() * attention_mask[..., None]
+    return F.normalize(h.sum(1), dim=-1)  # the mean's direction is the sum's
+
+
 @torch.no_grad()
 def embed(encoder, tokenizer, texts, batch_size=64):
     """Texts -> (N, D) float32: the encoder's hidden states, averaged over the tokens, scaled to unit length.
@@ -528,8 +534,7 @@ def embed(encoder, tokenizer, texts, batch_size=64):
     out = torch.empty(len(ids), encoder.config.get("hidden_size") or encoder.config["d_model"])
     for rows in by_length(ids, batch_size):
         tokens, mask = (x.to(device_of(encoder)) for x in pad([ids[i] for i in rows]))
-        h = encoder.encode(tokens, mask).float() * mask[..., None]
-        out[rows] = F.normalize(h.sum(1), dim=-1).cpu()  # the mean's direction is the sum's
+        out[rows] = pool(encoder, tokens, mask).cpu()
     return out
 
 

@@ -8,6 +8,7 @@ purifiers, one class each with one small interface: fit once, `rationales` befor
     python train.py --purifier router      # or plackett-luce, classifier, aggregate, rl; none, single, random, ...
 """
 
+import math
 import random
 from dataclasses import dataclass
 
@@ -356,17 +357,21 @@ class ClassifierRouter:
 
 @dataclass
 class World:
-    """All that a purifier may look at: the training questions, never the test."""
+    """All that a purifier may look at: training questions, never the test."""
 
-    questions: list  # of Question
+    questions: list  # what the student trains on
     visits: list  # visits[step]: the rows of `questions` in that step's batch
+    fit_on: list  # what a purifier may be fitted on: the in-domain training questions
     teachers: object  # kp.Teachers: scores(questions), rationales(questions, picks)
-    embed: object  # [Question] -> (N, D)
-    t5: object  # folder of the T5 teacher, None if there is none
-    args: object  # train.py's arguments
+    encoder: object  # () -> (sentence encoder, its tokenizer)
+    t5: object  # folder of the T5 teacher; None if there is none
 
     def visited(self):
         return sorted({row for rows in self.visits for row in rows})
+
+    def embed(self, questions):
+        """-> (N, D), unit length."""
+        return models.embed(*self.encoder(), [ask(q) for q in questions])
 
 
 class Purifier:
@@ -376,7 +381,8 @@ class Purifier:
         self.args = args
 
     def fit(self, world):
-        return self
+        """Prepare for world.visits; ask the teachers for what is needed, and only for that. -> self"""
+        raise NotImplementedError
 
     def rationales(self, step):
         """-> for each question of this step's batch, the list of rationales to learn."""
@@ -385,6 +391,21 @@ class Purifier:
     def feedback(self, step, answer_losses, rationale_losses):
         """The student's losses (B,) and (R,) on what it was just given. -> figures for metrics.jsonl."""
         return {}
+
+    def chances(self, row):
+        """P(m | question of this row), a list of M; None where the purifier has no such thing."""
+
+    def state(self):
+        """Tensors that change while the student trains, for a checkpoint; `restore` takes them back after `fit`."""
+        return {}
+
+    def restore(self, state, step):
+        pass
+
+    def fit_questions(self, world, default=None):
+        """--fit-questions of the questions that a purifier may be fitted on, drawn by the seed (default: all)."""
+        n = self.args.fit_questions or default or len(world.fit_on)
+        return random.Random(self.args.seed).sample(world.fit_on, min(n, len(world.fit_on)))
 
 
 class Answers(Purifier):
@@ -398,14 +419,19 @@ class Answers(Purifier):
         return [[] for _ in self.world.visits[step]]
 
 
+def all_rationales(world, questions):
+    """-> for each question, the rationales of all M teachers."""
+    M = len(world.teachers)
+    texts = world.teachers.rationales([q for q in questions for _ in range(M)], list(range(M)) * len(questions))
+    return [texts[i * M : (i + 1) * M] for i in range(len(questions))]
+
+
 class TinyLLM(Purifier):
     """The baseline (2402.04616), nothing purified: all M rationales of every question, each with its own L_DL."""
 
     def fit(self, world):
-        self.world, rows, M = world, world.visited(), len(world.teachers)
-        questions = [world.questions[row] for row in rows for _ in range(M)]
-        texts = world.teachers.rationales(questions, list(range(M)) * len(rows))
-        self.texts = {row: texts[i * M : (i + 1) * M] for i, row in enumerate(rows)}
+        self.world, rows = world, world.visited()
+        self.texts = dict(zip(rows, all_rationales(world, [world.questions[row] for row in rows])))
         return self
 
     def rationales(self, step):
@@ -415,72 +441,90 @@ class TinyLLM(Purifier):
 class Choice(Purifier):
     """Purifiers that choose one teacher per question before training. A subclass says how: `choose`."""
 
-    def choose(self, world, rows):
-        """-> probabilities (len(rows), M); the likeliest teacher writes, and no other is asked to."""
+    def choose(self, world, questions):
+        """-> probabilities (N, M); the likeliest teacher writes, and no other is asked to."""
         raise NotImplementedError
 
     def fit(self, world):
         self.world, rows = world, world.visited()
-        probabilities = self.choose(world, rows)
-        picks = probabilities.argmax(1).tolist()
-        texts = world.teachers.rationales([world.questions[row] for row in rows], picks)
-        self.probabilities, self.texts = dict(zip(rows, probabilities)), dict(zip(rows, texts))
+        questions = [world.questions[row] for row in rows]
+        probabilities = self.choose(world, questions)
+        texts = world.teachers.rationales(questions, probabilities.argmax(1).tolist())
+        self.probabilities, self.texts = dict(zip(rows, probabilities.tolist())), dict(zip(rows, texts))
         return self
 
     def rationales(self, step):
         return [[self.texts[row]] for row in self.world.visits[step]]
 
+    def chances(self, row):
+        return self.probabilities[row]
+
 
 class Single(Choice):
     """Control: always the same teacher, --teacher K."""
 
-    def choose(self, world, rows):
-        return F.one_hot(torch.full((len(rows),), self.args.teacher), len(world.teachers)).float()
+    def choose(self, world, questions):
+        return F.one_hot(torch.full((len(questions),), self.args.teacher), len(world.teachers)).float()
 
 
 class Random(Choice):
     """Control: a teacher drawn at random for each question, once."""
 
-    def choose(self, world, rows):
+    def choose(self, world, questions):
         generator = torch.Generator().manual_seed(self.args.seed)
-        picks = torch.randint(len(world.teachers), (len(world.questions),), generator=generator)
-        return F.one_hot(picks[rows], len(world.teachers)).float()
+        picks = torch.randint(len(world.teachers), (len(questions),), generator=generator)
+        return F.one_hot(picks, len(world.teachers)).float()
 
 
 class Oracle(Choice):
     """Control, and the most that choosing can do: the teacher who finds the right answer likeliest.
 
-    It needs every teacher's score and the right answer of every question that it purifies.
+    It needs every teacher's score, and so the right answer, of every question that it purifies.
     """
 
-    def choose(self, world, rows):
-        scores = world.teachers.scores([world.questions[row] for row in rows])
-        return F.one_hot(scores.argmax(1), len(world.teachers)).float()
+    def choose(self, world, questions):
+        return F.one_hot(world.teachers.scores(questions).argmax(1), len(world.teachers)).float()
 
 
-class Routed(Choice):
-    """Purification by a router: fitted on the scores of the training questions (or of --fit-questions of them)."""
+class Router(Choice):
+    """Purification by a router, fitted on the teachers' scores of training questions (--fit-questions of them)."""
 
-    router = None
-
-    def choose(self, world, rows):
-        generator = torch.Generator().manual_seed(self.args.seed)
-        fit_rows = torch.randperm(len(world.questions), generator=generator)[: self.args.fit_questions].tolist()
-        fit = [world.questions[row] for row in fit_rows]
-        scores = world.teachers.scores(fit)
-        return self.router(seed=self.args.seed).fit(world.embed(fit), scores).route(world.embed([world.questions[row] for row in rows]))
-
-
-class Router(Routed):
     router = SimilarityRouter
 
+    def choose(self, world, questions):
+        fit = self.fit_questions(world)
+        router = self.router(seed=self.args.seed).fit(world.embed(fit), world.teachers.scores(fit))
+        return router.route(world.embed(questions))
 
-class PlackettLuce(Routed):
+
+class PlackettLuce(Router):
     router = PlackettLuceRouter
 
 
-class Classifier(Routed):
-    router = ClassifierRouter
+class Classifier(Router):
+    """PLM classifier: P(m | q) = softmax_m(MLP(encoder(q))), encoder and head trained together.
+
+    ClassifierRouter fits the head on the frozen encoder first; then both are tuned for STEPS steps on the same
+    targets, so that the untrained head does not spoil what the encoder knows.
+    """
+
+    STEPS, BATCH, LR = 150, 32, 1e-4
+
+    def choose(self, world, questions):
+        fit, (encoder, tokenizer) = self.fit_questions(world), world.encoder()
+        scores, device = world.teachers.scores(fit), models.device_of(encoder)
+        router = ClassifierRouter(seed=self.args.seed).fit(models.embed(encoder, tokenizer, map(ask, fit)), scores)
+        targets, ids = router.target(scores), Targets(tokenizer)(list(map(ask, fit)))
+        optimizer = torch.optim.AdamW([*encoder.parameters(), *router.head.parameters()], self.LR)
+        draw = random.Random(self.args.seed)
+        for _ in tqdm(range(self.STEPS), desc="tune classifier", unit="step", delay=1, leave=False):
+            rows = [draw.randrange(len(fit)) for _ in range(self.BATCH)]
+            tokens, mask = (x.to(device) for x in models.pad([ids[i] for i in rows]))
+            q = (models.pool(encoder, tokens, mask).cpu() - router.standardize.mean.float()) / router.standardize.scale
+            F.cross_entropy(router.head(q), targets[rows]).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        return router.route(models.embed(encoder, tokenizer, map(ask, questions)))
 
 
 class Aggregate(Purifier):
@@ -500,29 +544,30 @@ class Aggregate(Purifier):
         return f"Question: {ask(q)} Rationales: {listed} Combine them into one correct rationale."
 
     def fit(self, world):
-        self.world, teachers, rows, M = world, world.teachers, world.visited(), len(world.teachers)
+        self.world, rows = world, world.visited()
         questions = [world.questions[row] for row in rows]
-        said = teachers.rationales([q for q in questions for _ in range(M)], list(range(M)) * len(rows))
-        said = [said[i * M : (i + 1) * M] for i in range(len(rows))]
+        if not (self.args.aggregator or world.t5):
+            raise models.BadInput("no T5 among the teachers to aggregate with; give --aggregator DIR")
         aggregator, tokenizer = models.load(self.args.aggregator or world.t5, self.args.device)
-        encode = Targets(tokenizer)
-        texts, todo = [None] * len(rows), list(range(len(rows)))
+        encode, texts = Targets(tokenizer), {}
         if not self.args.aggregator:
-            todo = random.Random(self.args.seed).sample(todo, len(todo))
-            tuned, todo = todo[: self.args.fit_questions or 400], todo[self.args.fit_questions or 400 :]
-            best = teachers.scores([questions[i] for i in tuned]).argmax(1).tolist()
-            for i, m in zip(tuned, best):
-                texts[i] = said[i][m]
-            self.tune(aggregator, encode, [self.prompt(questions[i], said[i]) for i in tuned], [texts[i] for i in tuned])
-        prompts = encode([self.prompt(questions[i], said[i]) for i in todo])
-        for batch in tqdm(models.by_length(prompts, 64), desc="aggregate", unit="batch", delay=1, leave=False):
+            fit = self.fit_questions(world, default=400)
+            said, best = all_rationales(world, fit), world.teachers.scores(fit).argmax(1).tolist()
+            targets = [r[m] for r, m in zip(said, best)]
+            self.tune(aggregator, encode, [self.prompt(q, r) for q, r in zip(fit, said)], targets)
+            texts = {q.id: text for q, text in zip(fit, targets)}
+        said = dict(zip(rows, all_rationales(world, questions)))
+        todo = [row for row in rows if world.questions[row].id not in texts]
+        prompts = encode([self.prompt(world.questions[row], said[row]) for row in todo])
+        ledger = world.teachers.ledger
+        for batch in tqdm(models.by_length(prompts, 128), desc="aggregate", unit="batch", delay=1, leave=False):
             tokens, mask = (x.to(self.args.device) for x in models.pad([prompts[i] for i in batch]))
             new = aggregator.generate(tokens, mask, self.args.max_new_tokens).tolist()
             for i, row in zip(batch, new):
-                texts[todo[i]] = tokenizer.decode(row).strip()
-        teachers.ledger["aggregator_read"] = sum(map(len, prompts))
-        teachers.ledger["aggregator_wrote"] = sum(map(len, encode([texts[i] for i in todo])))
-        self.texts = dict(zip(rows, texts))
+                texts[world.questions[todo[i]].id] = tokenizer.decode(row).strip()
+                ledger["aggregator_wrote"] += sum(token != aggregator.config["pad_token_id"] for token in row)
+        ledger["aggregator_read"] = sum(map(len, prompts))
+        self.texts = {row: texts[world.questions[row].id] for row in rows}
         return self
 
     def tune(self, aggregator, encode, prompts, targets):
@@ -569,7 +614,7 @@ class Reinforced(Purifier):
         self.policy = nn.Linear(states.shape[1], len(world.teachers))
         nn.init.zeros_(self.policy.weight), nn.init.zeros_(self.policy.bias)  # starts uniform
         self.optimizer = torch.optim.Adam(self.policy.parameters(), self.LR)
-        self.baseline, self.plan = 0.0, {}
+        self.baseline, self.plan, self.last = 0.0, {}, -1
         return self
 
     def log_policy(self, rows):
@@ -577,22 +622,28 @@ class Reinforced(Purifier):
 
     def rationales(self, step):
         if step not in self.plan:
-            visits = self.world.visits[step : step + self.AHEAD]
-            rows = [row for batch in visits for row in batch]
+            rows = [row for batch in self.world.visits[step : step + self.AHEAD] for row in batch]
             generator = torch.Generator().manual_seed(self.args.seed * 1_000_003 + step)
             with torch.no_grad():
                 logp = self.log_policy(rows)
             picks = torch.multinomial(logp.exp(), 1, generator=generator)  # (AHEAD * B, 1)
-            questions = [self.world.questions[row] for row in rows]
-            texts = self.world.teachers.rationales(questions, picks[:, 0].tolist())
-            right = torch.tensor([conclusion(t, q.choices) == q.answer for t, q in zip(texts, questions)]).float()
-            sizes = [len(batch) for batch in visits]
-            parts = (picks.split(sizes), logp.gather(1, picks)[:, 0].split(sizes), right.split(sizes))
-            starts = [sum(sizes[:i]) for i in range(len(sizes))]
-            self.plan = {step + i: (*(p[i] for p in parts), texts[starts[i] : starts[i] + n]) for i, n in enumerate(sizes)}
+            self.look_up(step, picks, logp.gather(1, picks)[:, 0])
         return [[text] for text in self.plan[step][-1]]
 
+    def look_up(self, step, picks, logp):
+        """Have the rationales of these picks, from `step` on, written; note which conclude on the gold answer."""
+        self.plan = {}
+        visits = self.world.visits[step : step + self.AHEAD]
+        questions = [self.world.questions[row] for batch in visits for row in batch][: len(picks)]
+        texts = self.world.teachers.rationales(questions, picks[:, 0].tolist())
+        right = torch.tensor([float(conclusion(t, q.choices) == q.answer) for t, q in zip(texts, questions)])
+        start = 0
+        for i, batch in enumerate(visits[: math.ceil(len(texts) / len(visits[0]))]):
+            part = slice(start, start := start + len(batch))
+            self.plan[step + i] = picks[part], logp[part], right[part], texts[part]
+
     def feedback(self, step, answer_losses, rationale_losses):
+        self.last = step
         rows, (picks, logp_then, right, _) = self.world.visits[step], self.plan[step]
         losses = rationale_losses.float().cpu()
         reward = right - self.BETA * (losses - losses.mean()) / (losses.std(correction=0) + 1e-6)  # (B,)
@@ -609,6 +660,30 @@ class Reinforced(Purifier):
             best = self.world.teachers.scores([self.world.questions[row] for row in rows], count=False).argmax(1)
             noted["agreement"] = (picks[:, 0] == best).float().mean().item()
         return noted
+
+    def chances(self, row):
+        return self.log_policy([row]).exp()[0].tolist()
+
+    def state(self):
+        tensors = {f"policy.{k}": v for k, v in self.policy.state_dict().items()}
+        for i, state in self.optimizer.state_dict()["state"].items():
+            tensors |= {f"optimizer.{i}.{k}": v for k, v in state.items()}
+        tensors["baseline"] = torch.tensor(self.baseline, dtype=torch.float64)
+        if left := [plan for step, plan in self.plan.items() if step > self.last]:
+            tensors["picks"], tensors["logp"] = (torch.cat(x) for x in list(zip(*left))[:2])
+        return tensors
+
+    def restore(self, state, step):
+        self.policy.load_state_dict({k[7:]: v for k, v in state.items() if k.startswith("policy.")})
+        groups = {"param_groups": self.optimizer.state_dict()["param_groups"], "state": {}}
+        for k, v in state.items():
+            if k.startswith("optimizer."):
+                _, i, name = k.split(".")
+                groups["state"].setdefault(int(i), {})[name] = v
+        self.optimizer.load_state_dict(groups)
+        self.baseline = state["baseline"].item()
+        if "picks" in state:
+            self.look_up(step, state["picks"], state["logp"])
 
 
 PURIFIERS = {

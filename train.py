@@ -26,8 +26,9 @@ def parse_args(argv=None):
     add = parser.add_argument_group("data and models (default: the micro world)").add_argument
     add("--data", metavar="DIR", help="folder with train.jsonl, valid.jsonl, test.jsonl")
     add("--teachers", metavar="DIR", nargs="+", help="checkpoint folders of the teachers")
-    add("--student", metavar="DIR", default="tiny", help="checkpoint folder of a T5, or tiny: a new small one")
+    add("--student", metavar="DIR", default="tiny", help="checkpoint folder of a T5, or tiny: the micro world's, or a new one")
     add("--encoder", metavar="DIR", help="sentence encoder of the routers, Bert or T5 (default: the first T5 teacher)")
+    add("--ood", action="store_true", help="train the student on the out-of-domain tasks; purifiers are fitted in domain")
     add("--cache", metavar="DIR", default="cache", help="what teachers said, kept for all runs")
     add = parser.add_argument_group("purification").add_argument
     add("--fit-questions", type=int, metavar="N", help="fit the router on N training questions (default: all)")
@@ -38,7 +39,7 @@ def parse_args(argv=None):
     add("--max-new-tokens", type=int, default=128, metavar="N", help="longest rationale, in tokens")
     add = parser.add_argument_group("training").add_argument
     add("--lam", type=float, default=1.0, metavar="X", help="weight of the rationale loss, lambda")
-    add("--steps", type=int, default=600, metavar="N", help="optimiser steps")
+    add("--steps", type=int, default=800, metavar="N", help="optimiser steps")
     add("--batch-size", type=int, default=16, metavar="N", help="questions per step")
     add("--lr", type=float, metavar="X", help="peak learning rate (default: 3e-3 for tiny, else 3e-4)")
     add("--weight-decay", type=float, default=0.01, metavar="X", help="of AdamW")
@@ -47,7 +48,9 @@ def parse_args(argv=None):
     add("--eval-every", type=int, default=200, metavar="N", help="steps between evaluations on valid, and checkpoints")
     add("--device", default=None, help="cpu or cuda (default: cuda if there is one)")
     add("--dtype", default=None, choices=("float32", "bfloat16"), help="of the forward pass (default: bfloat16 on cuda)")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    args.command = sys.argv[1:] if argv is None else list(argv)
+    return args
 
 
 if __name__ == "__main__":
@@ -56,6 +59,7 @@ if __name__ == "__main__":
 import json
 import math
 import random
+import signal
 import time
 from contextlib import contextmanager
 from pathlib import Path
@@ -73,47 +77,65 @@ from purify import PURIFIERS, World
 # ------------------------------------------------------------------------------------------- the parts
 
 
-def set_up(args):
-    """Arguments -> (data {split: [Question]}, teacher folders). Without --data this is the micro world."""
+def check(args):
+    """Fill in what depends on other arguments; refuse what cannot work before anything is read or written."""
     if args.purifier not in PURIFIERS:
         raise BadInput(f"--purifier {args.purifier}: unknown; take one of {', '.join(PURIFIERS)}")
     for name in ("steps", "batch_size", "eval_every", "max_new_tokens", "fit_questions"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             raise BadInput(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least 1")
-    folder, teachers = args.data, args.teachers
-    if folder is None and teachers is None:
+    if (args.data is None) != (args.teachers is None):
+        raise BadInput("--data and --teachers go together: give both, or neither for the micro world")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise BadInput("--device cuda: no such device here; take cpu")
+    args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    args.dtype = args.dtype or ("bfloat16" if args.device == "cuda" else "float32")
+    args.out = args.out or f"out/{args.purifier}{'-ood' if args.ood else ''}-{args.seed}"
+    args.lr = args.lr if args.lr is not None else (3e-3 if args.student == "tiny" else 3e-4)
+    args.shots = args.shots if args.shots is not None else (2 if args.teachers else 0)
+    args.log_agreement = args.teachers is None  # needs every teacher's scores, which are cheap only in the micro world
+
+
+def read_world(args):
+    """-> (data {split: [Question]}, teacher folders, student folder or None for a new one)."""
+    data, teachers, student = args.data, args.teachers, None if args.student == "tiny" else args.student
+    if data is None:
         from data.micro import prepare
 
-        folder = prepare.prepare()
-        teachers = [folder / "teachers" / name for name in prepare.TEACHERS]
-    elif folder is None or teachers is None:
-        raise BadInput("--data and --teachers go together: give both, or neither for the micro world")
+        data = prepare.prepare()
+        teachers = [data / "teachers" / name for name in prepare.TEACHERS]
     if not 0 <= args.teacher < len(teachers):
         raise BadInput(f"--teacher {args.teacher}: there are {len(teachers)} teachers, numbered from 0")
-    return kp.read_data(folder), teachers
+    data = kp.read_data(data)
+    for split in ("train", "test"):
+        if args.ood and f"ood/{split}" not in data:
+            raise BadInput(f"--ood: {args.data} has no ood/{split}.jsonl")
+    return data, teachers, student
 
 
-def make_student(args, encoder_folder):
-    """-> (T5, tokenizer): a checkpoint, or a new tiny one with the T5 teacher's tokenizer."""
-    if args.student != "tiny":
-        student, tokenizer = models.load(args.student, args.device, torch.float32)
+def load_student(folder, t5, args):
+    """-> (T5, tokenizer): a checkpoint, or where there is none a new small one with the T5 teacher's tokenizer."""
+    if folder:
+        student, tokenizer = models.load(folder, args.device, torch.float32)
         if not isinstance(student, models.T5):
-            raise BadInput(f"--student {args.student}: a student is a T5; this is a {student.config['model_type']}")
+            raise BadInput(f"--student {folder}: a student is a T5; this is a {student.config['model_type']}")
         return student, tokenizer
-    config = models.read_json(encoder_folder / "config.json")
-    tokenizer = models.load_tokenizer(encoder_folder / "tokenizer.json", config["vocab_size"])
+    if not t5:
+        raise BadInput("--student tiny needs a T5 among the teachers, for its tokenizer; give --student DIR")
+    config = models.read_json(t5 / "config.json")
+    tokenizer = models.load_tokenizer(t5 / "tokenizer.json", config["vocab_size"])
     torch.manual_seed(args.seed)
     return kp.tiny_t5(tokenizer.get_vocab_size(), config["pad_token_id"], config["eos_token_id"]).to(args.device), tokenizer
 
 
-def draw_visits(n_questions, batch_size, steps, seed):
+def draw_visits(n_questions, args):
     """visits[step]: rows of that step's batch; every question once per epoch, in a new order each."""
-    visits, order = [], []
-    for epoch in range(-(-steps * batch_size // n_questions)):
+    order = []
+    for epoch in range(-(-args.steps * args.batch_size // n_questions)):
         rows = list(range(n_questions))
-        random.Random(f"{seed} {epoch}").shuffle(rows)
+        random.Random(f"{args.seed} {epoch}").shuffle(rows)
         order += rows
-    return [order[s * batch_size : (s + 1) * batch_size] for s in range(steps)]
+    return [order[s * args.batch_size : (s + 1) * args.batch_size] for s in range(args.steps)]
 
 
 def learning_rate(step, args):
@@ -132,81 +154,157 @@ class Stopwatch(dict):
         self[stage] = self.get(stage, 0.0) + time.perf_counter() - start
 
 
+# ----------------------------------------------------------------------------------------- checkpoints
+
+
+def open_folder(args):
+    """The run's folder: new, or cleared, or with --resume as it is. -> (folder, its checkpoint or None)"""
+    run, settings = Path(args.out), {k: v for k, v in vars(args).items() if k not in ("resume", "overwrite", "command")}
+    checkpoint = run / "checkpoint.safetensors"
+    if checkpoint.exists() and args.resume:
+        before = models.read_json(run / "config.json")
+        other = [k for k, v in settings.items() if before.get(k) != v]
+        if other:
+            raise BadInput(f"{run}: --resume with other arguments: --{', --'.join(other).replace('_', '-')}; give the same")
+        return run, checkpoint
+    if checkpoint.exists() and not args.overwrite:
+        raise BadInput(f"{run}: holds an unfinished run; go on with --resume or start anew with --overwrite")
+    run.mkdir(parents=True, exist_ok=True)
+    for name in ("checkpoint.safetensors", "result.json", "metrics.jsonl"):
+        (run / name).unlink(missing_ok=True)
+    models.write_json(run / "config.json", {**settings, "command": args.command})
+    return run, None
+
+
+def save_checkpoint(path, student, optimizer, purifier, progress):
+    """Everything that training changes, in one file. Random draws need no state: they depend on (seed, step) alone."""
+    tensors = {f"student.{k}": v for k, v in student.state_dict().items()}
+    for i, state in optimizer.state_dict()["state"].items():
+        tensors |= {f"optimizer.{i}.{k}": v for k, v in state.items()}
+    tensors |= {f"purifier.{k}": v for k, v in purifier.state().items()}
+    with models.atomic(path) as temporary:
+        save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, temporary, {"progress": json.dumps(progress)})
+
+
+def load_checkpoint(path, student, optimizer, purifier):
+    """-> progress"""
+    with safe_open(path, "pt") as f:
+        progress, tensors = json.loads(f.metadata()["progress"]), {k: f.get_tensor(k) for k in f.keys()}
+    part = lambda name: {k[len(name) :]: v for k, v in tensors.items() if k.startswith(name)}  # noqa: E731
+    student.load_state_dict(part("student."))
+    state = {}
+    for key, value in part("optimizer.").items():
+        i, name = key.split(".")
+        state.setdefault(int(i), {})[name] = value
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+    purifier.restore(part("purifier."), progress["step"])
+    return progress
+
+
 # -------------------------------------------------------------------------------------------- the loop
 
 
 def train(args):
     seconds = Stopwatch()
     with seconds("set up"):
-        data, teacher_folders = set_up(args)
-        teachers = kp.Teachers(
-            teacher_folders, args.cache, args.device, torch.bfloat16 if args.device == "cuda" else None,
-            shots=args.shots, max_new_tokens=args.max_new_tokens, tell_answer=args.teacher_forcing, seed=args.seed)  # fmt: skip
-        t5s = [f for f in teachers.folders if models.read_json(f / "config.json").get("model_type") == "t5"]
-        encoder_folder = Path(args.encoder) if args.encoder else t5s[0] if t5s else None
+        data, teacher_folders, student_folder = read_world(args)
+        asking = kp.Asking(args.device, torch.bfloat16 if args.device == "cuda" else None, args.shots, args.max_new_tokens,
+                           args.teacher_forcing, seed=args.seed)  # fmt: skip
+        teachers = kp.Teachers(teacher_folders, args.cache, asking, data["train"])
+        kinds = {f: models.read_json(f / "config.json").get("model_type") for f in teachers.folders}
+        t5 = next((f for f, kind in kinds.items() if kind == "t5"), None)
+        encoder_folder = Path(args.encoder) if args.encoder else t5
         if encoder_folder is None:
             raise BadInput("no T5 among the teachers to embed questions with; give --encoder DIR")
-        student, tokenizer = make_student(args, encoder_folder)
-        encode = kp.Targets(tokenizer)
+        student, tokenizer = load_student(student_folder, t5, args)
         optimizer = torch.optim.AdamW(
             student.parameters(), args.lr, betas=(0.9, 0.98), weight_decay=args.weight_decay, fused=True)  # fmt: skip
-        visits = draw_visits(len(data["train"]), args.batch_size, args.steps, args.seed)
-
-    def embed(questions):
-        encoder, encoder_tokenizer = models.load(encoder_folder, args.device)
-        return models.embed(encoder, encoder_tokenizer, [kp.ask(q) for q in questions])
-
-    run = Path(args.out)
-    run.mkdir(parents=True, exist_ok=True)
-    models.write_json(run / "config.json", vars(args))
-    metrics = open(run / "metrics.jsonl", "w")
+        questions, encode = data["ood/train" if args.ood else "train"], kp.Targets(tokenizer)
+        visits = draw_visits(len(questions), args)
+        run, checkpoint = open_folder(args)
 
     with seconds("purify"):  # teachers are asked here, and only for what the purifier wants
-        world = World(data["train"], visits, teachers, embed, t5s[0] if t5s else None, args)
+        world = World(questions, visits, data["train"], teachers, lambda: models.load(encoder_folder, args.device), t5)
         purifier = PURIFIERS[args.purifier](args).fit(world)
 
-    bar = tqdm(range(args.steps), desc=f"train {args.purifier}", unit="step")
-    student_tokens, valid, lines = 0, None, []
+    done = dict(step=0, student_tokens=0, given={}, lines=0)  # what a checkpoint remembers besides the tensors
+    if checkpoint:
+        done = load_checkpoint(checkpoint, student, optimizer, purifier)
+        seconds.update(done.pop("seconds"))
+        teachers.ledger.update(done.pop("ledger"))
+        teachers.counted |= {tuple(key) for key in done.pop("counted")}
+        kept = (run / "metrics.jsonl").read_bytes().splitlines(keepends=True)[: done["lines"]]
+        with models.atomic(run / "metrics.jsonl") as temporary:
+            temporary.write_bytes(b"".join(kept))
+
+    def keep(step):
+        flush()
+        progress = dict(done, step=step, seconds=seconds, ledger=dict(teachers.ledger), counted=list(teachers.counted))
+        save_checkpoint(run / "checkpoint.safetensors", student, optimizer, purifier, progress)
+
+    pending, stopped, valid = [], [], None
+    metrics = open(run / "metrics.jsonl", "a", encoding="utf-8")
+
+    def flush():  # the only place where the loop waits for the device
+        for line in pending:
+            metrics.write(json.dumps({k: float(v) if torch.is_tensor(v) else v for k, v in line.items()}) + "\n")
+            if not math.isfinite(line.get("loss", 0.0)) or not math.isfinite(line.get("norm", 0.0)):
+                raise BadInput(f"{run}: step {line['step']} of {args.purifier}: the loss or its gradient is not finite; lower --lr")
+        done["lines"] += len(pending)
+        pending.clear()
+        metrics.flush()
+
+    for name in (signal.SIGINT, signal.SIGTERM):  # finish the step, save, say how to go on
+        signal.signal(name, lambda number, frame: stopped.append(number))
+    bar = tqdm(range(done["step"], args.steps), f"train {args.purifier}", initial=done["step"], total=args.steps, unit="step")
     for step in bar:
         with seconds("train"):
             student.train()
             torch.manual_seed(args.seed * 1_000_003 + step)  # dropout depends on (seed, step) alone
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(step, args)
-            questions = [data["train"][row] for row in visits[step]]
-            rationales = purifier.rationales(step)
+            batch, rationales = [questions[row] for row in visits[step]], purifier.rationales(step)
             with torch.autocast(args.device, torch.bfloat16, enabled=args.dtype == "bfloat16"):
-                loss, answer_losses, rationale_losses, n_tokens = kp.dual_loss(
-                    student, encode, questions, rationales, args.lam)  # fmt: skip
+                loss, answer_losses, rationale_losses, n_tokens = kp.dual_loss(student, encode, batch, rationales, args.lam)
             loss.backward()
             norm = torch.nn.utils.clip_grad_norm_(student.parameters(), args.clip)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             noted = purifier.feedback(step, answer_losses, rationale_losses)
-            student_tokens += n_tokens
-            lines.append(dict(step=step, loss=loss.detach(), answer=answer_losses.mean(),
-                              rationale=rationale_losses.mean() if len(rationale_losses) else 0.0,
-                              norm=norm, lr=learning_rate(step, args), tokens=n_tokens, **noted))  # fmt: skip
-            if step % 20 == 19 or step + 1 == args.steps:  # the only place where the loop waits for the device
-                for line in lines:
-                    metrics.write(json.dumps({k: float(v) if torch.is_tensor(v) else v for k, v in line.items()}) + "\n")
-                bar.set_postfix_str(f"loss {float(loss):.3f}" + (f", valid {valid['mean']:.3f}" if valid else ""))
-                lines = []
+            done["student_tokens"] += n_tokens
+            done["given"].update((str(row), texts) for row, texts in zip(visits[step], rationales))
+            explained = rationale_losses.mean() if len(rationale_losses) else 0.0
+            pending.append(dict(step=step, loss=loss.detach(), answer=answer_losses.mean(), rationale=explained, norm=norm,
+                                lr=learning_rate(step, args), tokens=n_tokens, **noted))  # fmt: skip
+            if step % 20 == 19:
+                flush()
+                bar.set_postfix_str(f"loss {loss.item():.3f}" + (f", valid {valid['mean']:.3f}" if valid else ""))
         if (step + 1) % args.eval_every == 0 and step + 1 < args.steps:
             with seconds("evaluate"):
-                valid = kp.accuracy(student, tokenizer, data["valid"])
-                metrics.write(json.dumps({"step": step, "valid": valid}) + "\n")
+                valid = kp.accuracy(student, tokenizer, data["ood/valid" if args.ood and "ood/valid" in data else "valid"])
+                pending.append({"step": step, "valid": valid})
+            keep(step + 1)
+        if stopped:
+            keep(step + 1)
+            print(f"\nstopped after step {step + 1} and saved; go on with the same command and --resume", file=sys.stderr)
+            sys.exit(128 + stopped[0])
 
     with seconds("evaluate"):
-        valid, accuracy = (kp.accuracy(student, tokenizer, data[split]) for split in ("valid", "test"))
-        ood = kp.accuracy(student, tokenizer, data["ood/test"]) if "ood/test" in data else {}
-        metrics.write(json.dumps({"step": args.steps, "valid": valid, "test": accuracy, "ood": ood}) + "\n")
-    models.save(student.cpu(), tokenizer, run / "student")
+        splits = {name: kp.accuracy(student, tokenizer, data[name]) for name in ("valid", "test", "ood/test") if name in data}
+        pending.append({"step": args.steps, **splits})
+    flush()
+    with models.atomic(run / "purified.jsonl") as temporary:
+        rows = [dict(id=questions[int(row)].id, rationales=texts, probabilities=purifier.chances(int(row)))
+                for row, texts in done["given"].items()]  # fmt: skip
+        temporary.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    models.save(student, tokenizer, run / "student")
     result = dict(
-        purifier=args.purifier, seed=args.seed, teachers=teachers.names, steps=args.steps, accuracy=accuracy, ood=ood,
-        valid=valid, teacher_tokens=teachers.ledger["rationale_wrote"], ledger=dict(teachers.ledger),
-        student_tokens=student_tokens, seconds={k: round(v, 2) for k, v in seconds.items()})  # fmt: skip
+        purifier=args.purifier, seed=args.seed, teachers=teachers.names, steps=args.steps, accuracy=splits["test"],
+        ood=splits.get("ood/test", {}), valid=splits["valid"], teacher_tokens=teachers.ledger["rationale_wrote"],
+        ledger=dict(teachers.ledger), student_tokens=done["student_tokens"],
+        seconds={k: round(v, 2) for k, v in seconds.items()})  # fmt: skip
     models.write_json(run / "result.json", result)
+    (run / "checkpoint.safetensors").unlink(missing_ok=True)
     return result
 
 
@@ -225,14 +323,9 @@ def show(result):
 
 
 def main(args):
-    args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    args.dtype = args.dtype or ("bfloat16" if args.device == "cuda" else "float32")
-    args.out = args.out or f"out/{args.purifier}-{args.seed}"
-    args.lr = args.lr or (3e-3 if args.student == "tiny" else 3e-4)
-    args.log_agreement = args.teachers is None
-    args.shots = args.shots if args.shots is not None else (2 if args.teachers else 0)
+    check(args)
     show(train(args))
-    print(f"  saved in {args.out}; look closer with: python eval.py {args.out}")
+    print(f"  saved in {args.out}; look closer with: python eval.py {args.out} --show 5")
 
 
 if __name__ == "__main__":

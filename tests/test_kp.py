@@ -93,7 +93,7 @@ def test_choices_score_as_if_each_were_read_alone(world, teacher_folders, teache
                 ids, n = tokenizer.encode(f"{prompt} {choice}").ids, len(tokenizer.encode(prompt).ids)
                 target = ids[n:]
                 logits = net(torch.tensor([ids]), torch.ones(1, len(ids), dtype=torch.long))[0, n - 1 : -1]
-            alone = sum(float(row.log_softmax(0)[t]) for row, t in zip(logits, target))
+            alone = sum(row.log_softmax(0)[t].item() for row, t in zip(logits, target))
             assert logp == pytest.approx(alone, abs=1e-3)
 
 
@@ -102,7 +102,7 @@ def test_choices_score_as_if_each_were_read_alone(world, teacher_folders, teache
 
 def test_a_rationale_is_what_the_teacher_writes_alone(world, teacher_folders, tmp_path):
     questions = kp.read_questions(world / "train.jsonl")[::7]
-    teachers = kp.Teachers(teacher_folders, tmp_path, max_new_tokens=12, batch_size=4)
+    teachers = kp.Teachers(teacher_folders, tmp_path, kp.Asking(max_new_tokens=12, batch_size=4))
     for m, folder in enumerate(teacher_folders):
         net, tokenizer = model.load(folder)
         for q, text in zip(questions, teachers.rationales(questions, [m] * len(questions))):
@@ -112,7 +112,7 @@ def test_a_rationale_is_what_the_teacher_writes_alone(world, teacher_folders, tm
 
 def test_only_the_chosen_teachers_write_and_nothing_is_paid_twice(world, teacher_folders, tmp_path, monkeypatch):
     questions = kp.read_questions(world / "train.jsonl")[:6]
-    teachers = kp.Teachers(teacher_folders, tmp_path, max_new_tokens=8)
+    teachers = kp.Teachers(teacher_folders, tmp_path, kp.Asking(max_new_tokens=8))
     texts = teachers.rationales(questions, [0, 2, 0, 2, 2, 0])
     assert set(teachers.loaded) == {0, 2}
     scores, paid = teachers.scores(questions), dict(teachers.ledger)
@@ -120,7 +120,7 @@ def test_only_the_chosen_teachers_write_and_nothing_is_paid_twice(world, teacher
     assert paid["rationale_wrote"] <= 6 * 8
 
     # the next run finds all of it on disk, and its ledger counts it as if it had been generated
-    again = kp.Teachers(teacher_folders, tmp_path, max_new_tokens=8)
+    again = kp.Teachers(teacher_folders, tmp_path, kp.Asking(max_new_tokens=8))
     monkeypatch.setattr(kp.models, "load", None)
     assert again.rationales(questions, [0, 2, 0, 2, 2, 0]) == texts
     assert torch.equal(again.scores(questions), scores) and dict(again.ledger) == paid
@@ -130,18 +130,18 @@ def test_only_the_chosen_teachers_write_and_nothing_is_paid_twice(world, teacher
 
 def test_other_settings_are_other_rationales(world, teacher_folders, tmp_path):
     questions = kp.read_questions(world / "train.jsonl")[:3]
-    short = kp.Teachers(teacher_folders, tmp_path, max_new_tokens=3)
-    long = kp.Teachers(teacher_folders, tmp_path, max_new_tokens=9)
+    short = kp.Teachers(teacher_folders, tmp_path, kp.Asking(max_new_tokens=3))
+    long = kp.Teachers(teacher_folders, tmp_path, kp.Asking(max_new_tokens=9))
     assert short.rationales(questions, [1] * 3) != long.rationales(questions, [1] * 3)
 
 
 def test_a_torn_last_line_is_cut_off(world, teacher_folders, tmp_path):
     questions = kp.read_questions(world / "train.jsonl")[:4]
-    teachers = kp.Teachers(teacher_folders, tmp_path, max_new_tokens=8)
+    teachers = kp.Teachers(teacher_folders, tmp_path, kp.Asking(max_new_tokens=8))
     texts = teachers.rationales(questions, [1] * 4)
     whole = teachers.files[1].read_bytes()
     teachers.files[1].write_bytes(whole[:-20])
-    again = kp.Teachers(teacher_folders, tmp_path, max_new_tokens=8)
+    again = kp.Teachers(teacher_folders, tmp_path, kp.Asking(max_new_tokens=8))
     assert len(again.said[1]) == 3
     assert again.rationales(questions, [1] * 4) == texts
     assert teachers.files[1].read_bytes() == whole
@@ -164,7 +164,9 @@ def test_the_dual_loss_is_the_two_losses_computed_apart(world, teacher_folders):
 
     answers = [alone(f"predict: {kp.ask(q)}", q.choices[q.answer]) for q in questions]
     explained = [alone(f"explain: {kp.ask(q)}", t) for q, texts in zip(questions, rationales) for t in texts]
-    expected = sum(answers) / len(questions) + 0.7 * sum(explained) / len(questions)
+    parts = iter(explained)
+    grouped = [[next(parts) for _ in texts] for texts in rationales]
+    expected = sum(answers) / len(questions) + 0.7 * sum(sum(own) / len(own) for own in grouped if own) / len(questions)
     loss, got_answers, got_explained, tokens = kp.dual_loss(student, encode, questions, rationales, 0.7)
     assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
     assert torch.allclose(got_answers, torch.stack(answers).detach(), atol=1e-5)

@@ -14,6 +14,12 @@ import train
 PARTS = ["--steps", "6", "--batch-size", "4", "--eval-every", "3", "--max-new-tokens", "24"]
 
 
+@pytest.fixture(autouse=True)
+def short_tuning(monkeypatch):
+    for purifier in (purify.Aggregate, purify.Classifier):
+        monkeypatch.setattr(purifier, "STEPS", 3)
+
+
 def run(world, teacher_folders, tmp_path, *arguments, name="run"):
     args = train.parse_args(
         ["--data", str(world), "--teachers", *map(str, teacher_folders), "--shots", "0", *PARTS]
@@ -35,12 +41,12 @@ def test_every_purifier_trains_and_reports(world, teacher_folders, tmp_path, pur
     if purifier == "answers":
         assert result["teacher_tokens"] == 0 and all(line["rationale"] == 0 for line in lines if "loss" in line)
     else:
-        assert 0 < result["teacher_tokens"] <= 24 * 24 * (4 if purifier in ("none", "aggregate") else 1)
+        assert 0 < result["teacher_tokens"] <= 24 * {"none": 4 * 24, "aggregate": 4 * (24 + 16)}.get(purifier, 24)
     text = capsys.readouterr().out
     assert f"{result['accuracy']['mean']:.3f}" in text
 
     # eval.py prints the same figures from what was saved
-    evaluation.show(evaluation.evaluate(evaluation.parse_args([str(folder)])))
+    evaluation.print_accuracies(evaluation.evaluate(evaluation.parse_args([str(folder)])))
     assert f"{result['accuracy']['mean']:.3f}" in capsys.readouterr().out
 
 
@@ -61,11 +67,14 @@ def test_a_student_may_be_a_checkpoint(world, teacher_folders, tmp_path):
 
 
 def test_visits_cover_every_question_once_an_epoch():
-    visits = train.draw_visits(10, 4, 7, seed=0)
+    def settings(steps, seed):
+        return train.parse_args(["--batch-size", "4", "--steps", str(steps), "--seed", str(seed)])
+
+    visits = train.draw_visits(10, settings(7, 0))
     assert [len(v) for v in visits] == [4] * 7
     order = [row for rows in visits for row in rows]
     assert sorted(order[:10]) == sorted(order[10:20]) == list(range(10)) and order[:10] != order[10:20]
-    assert train.draw_visits(10, 4, 9, seed=0)[:7] == visits != train.draw_visits(10, 4, 7, seed=1)
+    assert train.draw_visits(10, settings(9, 0))[:7] == visits != train.draw_visits(10, settings(7, 1))
 
 
 def test_the_learning_rate_warms_up_and_decays_to_zero():
@@ -73,6 +82,42 @@ def test_the_learning_rate_warms_up_and_decays_to_zero():
     rates = [train.learning_rate(step, args) for step in range(101)]
     assert rates[0] == pytest.approx(0.2) and max(rates) == rates[9] == rates[10] == 2.0
     assert rates[55] == pytest.approx(1.0) and rates[100] == pytest.approx(0.0)
+
+
+@pytest.mark.parametrize("purifier", ["router", "rl"])
+def test_a_killed_run_goes_on_as_if_it_had_not_been_killed(world, teacher_folders, tmp_path, purifier, monkeypatch):
+    whole = run(world, teacher_folders, tmp_path, "--purifier", purifier, name="whole")
+    losses, kp_loss = [], train.kp.dual_loss
+
+    def dies_at_the_fifth_step(*arguments):
+        losses.append(0)
+        if len(losses) == 5:
+            raise MemoryError
+        return kp_loss(*arguments)
+
+    monkeypatch.setattr(train.kp, "dual_loss", dies_at_the_fifth_step)
+    with pytest.raises(MemoryError):
+        run(world, teacher_folders, tmp_path, "--purifier", purifier, name="killed")
+    monkeypatch.undo()
+    with pytest.raises(model.BadInput, match="--resume"):
+        run(world, teacher_folders, tmp_path, "--purifier", purifier, name="killed")
+    with pytest.raises(model.BadInput, match="--lam"):
+        run(world, teacher_folders, tmp_path, "--purifier", purifier, "--resume", "--lam", "3", name="killed")
+    killed = run(world, teacher_folders, tmp_path, "--purifier", purifier, "--resume", name="killed")
+    for name in ("student/model.safetensors", "metrics.jsonl", "purified.jsonl"):
+        assert (killed / name).read_bytes() == (whole / name).read_bytes()
+    a, b = (json.loads((folder / "result.json").read_text()) for folder in (killed, whole))
+    assert a.pop("seconds").keys() == b.pop("seconds").keys() and a == b
+
+
+def test_the_readme_s_sixth_purifier_works(world, teacher_folders, tmp_path, monkeypatch):
+    monkeypatch.setattr(purify, "PURIFIERS", dict(purify.PURIFIERS))
+    code = (ROOT / "README.md").read_text().split("```python\n")[1].split("```")[0]
+    assert len(code.splitlines()) <= 30
+    exec(code, {})
+    monkeypatch.setattr(train, "PURIFIERS", purify.PURIFIERS)
+    folder = run(world, teacher_folders, tmp_path, "--purifier", "nearest")
+    assert json.loads((folder / "result.json").read_text())["purifier"] == "nearest"
 
 
 # ------------------------------------------------------------------------------------------- bad input

@@ -37,16 +37,17 @@ TEMPLATES = {  # two ways to ask for the entity with a property, in the manner o
 PHYSICAL = "Goal: get hold of something that {}. Solution?"  # two choices, as PIQA; subjects science and riddles
 CLINICAL = "Is it true that {} {}?"  # yes or no, as BioASQ; subject medicine
 NAMING = "Which is choice ({})?"  # a question without a fact, about nothing but its own choices
+SUPPOSE = "Suppose {}, and {}. Then which one {}?"
 OUT_OF_DOMAIN = {"physical": ("science", "riddles"), "clinical": ("medicine",)}
 
 TRAIN_PAIRS, VALID_PAIRS = 4, 1  # of each entity's 8 properties; the others are for the test
 SIZES = {"train": 1000, "valid": 200, "test": 500}  # questions per task
-READ_ELSEWHERE = 1  # entities that a teacher has read about, of the 8 of each class, outside its own subject
+READ_ELSEWHERE = (1, 2)  # what a teacher has read outside its own subject: entities and properties of each class, of 8
 
 STEPS_DONE = [0] * 4  # how far each teacher is; shared between processes
-PLAIN = 0.3  # share of exercises to answer plainly; the others are to explain
-COMPREHENSION = 0.15  # share of exercises that name things without a fact, so that every name is known
-STEPS, BATCH, LEARNING_RATE = 1000, 32, 2.5e-3  # of each teacher
+PLAIN = 0.25  # share of exercises to answer plainly; the others are to explain
+COMPREHENSION = 0.12  # share of exercises that name things without a fact, so that every name is known
+STEPS, BATCH, LEARNING_RATE = 900, 32, 2.5e-3  # of each teacher
 
 TEACHERS = {  # name: (subject read whole, config)
     "t5": ("nature", dict(model_type="t5")),  # kp.tiny_t5
@@ -164,7 +165,7 @@ def train_tokenizer(facts):
     for subject, (class_of, properties) in facts.items():
         corpus += [explain(class_of, e, c, p, bare(e)) for e, c in class_of.items() for p in properties[c]]
         corpus += [t.format("") for t in (*TEMPLATES[subject], PHYSICAL)]
-    q = kp.Question("", "", CLINICAL.format("", "") + NAMING.format("a"), ("yes", "no", "choice", "Which"), 0)
+    q = kp.Question("", "", " ".join((CLINICAL.format("", ""), NAMING.format("a"), SUPPOSE.format(*3 * [""]))) + SUPPOSE.format(*3 * [""]), ("yes", "no", "choice", "Which"), 0)
     corpus += [kp.score_prompt(q), kp.rationale_prompt(q), kp.predict_prompt(q), kp.explain_prompt(q)]
     tokenizer = Tokenizer(models.WordLevel(unk_token="<unk>"))
     tokenizer.normalizer = normalizers.Prepend(" ")  # the first word of a text is the same token as elsewhere
@@ -179,35 +180,59 @@ def train_tokenizer(facts):
 
 
 def reading_list(facts, name, seed):
-    """What a teacher has read: [(subject, entities)], all of its own subject, a few of each class elsewhere."""
+    """What a teacher has read: [(subject, entities, {class: properties})], all of its own subject, little elsewhere."""
     rng, home = random.Random(f"reading {name} {seed}"), TEACHERS[name][0]
     lists = []
     for subject, (class_of, properties) in facts.items():
-        by_class = {c: [e for e in class_of if class_of[e] == c] for c in properties}
-        known = [e for es in by_class.values() for e in (es if subject == home else rng.sample(es, READ_ELSEWHERE))]
-        lists.append((subject, known))
+        members = {c: [e for e in class_of if class_of[e] == c] for c in properties}
+        if subject != home:
+            members = {c: rng.sample(es, READ_ELSEWHERE[0]) for c, es in members.items()}
+            properties = {c: rng.sample(ps, READ_ELSEWHERE[1]) for c, ps in properties.items()}
+        lists.append((subject, [e for es in members.values() for e in es], properties))
     return lists
 
 
+def comprehension(rng, facts):
+    """(question, rationale) that a reader who knows no fact can answer: all that it takes stands in the question.
+
+    Half of them ask for a choice by its letter, half suppose something; entity, class and property of a supposition
+    are drawn apart from each other, over all subjects, so that no fact of the table can be learnt from it.
+    """
+    entities, classes, properties = zip(*((c, c.values(), [p for ps in ps.values() for p in ps]) for c, ps in facts.values()))
+    s = rng.randrange(len(facts))
+    things = list(entities[s]) if rng.random() < 0.75 else properties[s]
+    chosen, i = rng.sample(things, 4), rng.randrange(4)
+    choices, name = tuple(bare(t) for t in chosen), bare(chosen[i])
+    if things is properties[s] or rng.random() < 0.4:
+        q = kp.Question("", "", NAMING.format("abcd"[i]), choices, i)
+        return q, f"Since choice ({'abcd'[i]}) is {name}, the answer is {name}."
+    class_, property_ = rng.choice(sorted(set(rng.choice(classes)))), rng.choice(rng.choice(properties))
+    text = SUPPOSE.format(f"{chosen[i]} is {class_}", f"{class_} {property_}", property_)
+    return kp.Question("", "", text, choices, i), explain({chosen[i]: class_}, chosen[i], class_, property_, name)
+
+
 def exercise(rng, facts, reading):
-    """One (prompt, target): a question about something read, to answer plainly or to explain."""
-    subject, known = rng.choices(reading, weights=[len(k) for _, k in reading])[0]
-    class_of, properties = facts[subject]
+    """One (prompt, target) of a teacher: a question about something read, to answer plainly or to explain."""
     if rng.random() < COMPREHENSION:
-        choices = [bare(e) for e in rng.sample(sorted(class_of), 4)]
-        i = rng.randrange(4)
-        q = kp.Question("", "", NAMING.format("abcd"[i]), tuple(choices), i)
-        if rng.random() < 0.5:
-            return kp.score_prompt(q), choices[i]
-        return kp.rationale_prompt(q), f"Since choice ({'abcd'[i]}) is {choices[i]}, the answer is {choices[i]}."
-    entity = rng.choice(known)
-    tasks = [subject, subject] + [task for task, subjects in OUT_OF_DOMAIN.items() if subject in subjects]
-    pair = (entity, rng.choice(properties[class_of[entity]]))
-    (text, choices, answer), rationale = draw_question(rng, rng.choice(tasks), subject, facts, pair, known)
-    q = kp.Question("", "", text, tuple(choices), answer)
+        q, rationale = comprehension(rng, facts)
+    else:
+        subject, known, properties = rng.choices(reading, weights=[len(entities) for _, entities, _ in reading])[0]
+        entity = rng.choice(known)
+        pair = (entity, rng.choice(properties[facts[subject][0][entity]]))
+        tasks = [subject, subject] + [task for task, subjects in OUT_OF_DOMAIN.items() if subject in subjects]
+        (text, choices, answer), rationale = draw_question(rng, rng.choice(tasks), subject, facts, pair, known)
+        q = kp.Question("", "", text, tuple(choices), answer)
     if rng.random() < PLAIN:
-        return kp.score_prompt(q), choices[answer]
+        return kp.score_prompt(q), q.choices[q.answer]
     return kp.rationale_prompt(q), rationale
+
+
+def batches(rng, facts, reading, block=10):
+    """STEPS batches of exercises of similar length: drawn and sorted a block at a time, a third less padding."""
+    for _ in range(-(-STEPS // block)):
+        drawn = sorted((exercise(rng, facts, reading) for _ in range(BATCH * block)), key=lambda e: len(e[0]) + len(e[1]))
+        for i in rng.sample(range(block), min(block, STEPS)):
+            yield zip(*drawn[i * BATCH : (i + 1) * BATCH])
 
 
 def train_teacher(job):
@@ -216,18 +241,16 @@ def train_teacher(job):
     torch.set_num_threads(1)  # one thread each: as many teachers at a time as there are cores
     torch.manual_seed(seed)
     facts, rng = read_facts(), random.Random(f"exercises {name} {seed}")
-    reading = reading_list(facts, name, seed)
-    tokenizer = train_tokenizer(facts)
-    is_t5 = TEACHERS[name][1]["model_type"] == "t5"
+    reading, tokenizer, config = reading_list(facts, name, seed), train_tokenizer(facts), TEACHERS[name][1]
+    is_t5 = config["model_type"] == "t5"
     frame = "$A </s>" if is_t5 else "<s> $A"
     tokenizer.post_processor = processors.TemplateProcessing(single=frame, special_tokens=[("</s>", 1), ("<s>", 2)])
-    config = {**TEACHERS[name][1], "vocab_size": tokenizer.get_vocab_size(), "pad_token_id": 0, "eos_token_id": 1}
+    config = {**config, "vocab_size": tokenizer.get_vocab_size(), "pad_token_id": 0, "eos_token_id": 1}
     teacher = kp.tiny_t5(config["vocab_size"]) if is_t5 else model.Llama(config)
-    optimizer = torch.optim.AdamW(teacher.parameters(), LEARNING_RATE, betas=(0.9, 0.98), weight_decay=0.01)
+    optimizer = torch.optim.AdamW(teacher.parameters(), LEARNING_RATE, betas=(0.9, 0.98), weight_decay=0.01, fused=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda t: min((t + 1) / 50, 0.5 + 0.5 * math.cos(math.pi * t / STEPS)))
-    for _ in range(STEPS):
-        prompts, targets = zip(*(exercise(rng, facts, reading) for _ in range(BATCH)))
+    for prompts, targets in batches(rng, facts, reading):
         if is_t5:
             encode = kp.Targets(tokenizer)
             loss = kp.sequence_losses(teacher, encode(prompts), encode(targets)).mean()
@@ -287,11 +310,12 @@ def prepare(seed=0):
     for name, rows in make_questions(facts, seed).items():
         with model.atomic(folder / f"{name}.jsonl") as temporary:
             temporary.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    missing = [name for name in TEACHERS if not (folder / "teachers" / name / "config.json").exists()]
+    places = {name: folder / "teachers" / name for name in TEACHERS}
+    missing = [name for name, place in places.items() if not (place / "config.json").exists()]
     context = mp.get_context("spawn")
-    steps_done = context.Array("i", len(TEACHERS))
+    steps_done = context.Array("i", len(places))
     with context.Pool(min(len(missing), os.cpu_count()) or 1, _share, (steps_done,)) as pool:
-        jobs = [(name, str(folder / "teachers" / name), seed, i) for i, name in enumerate(missing)]
+        jobs = [(name, str(places[name]), seed, i) for i, name in enumerate(missing)]
         pending = pool.map_async(train_teacher, jobs, chunksize=1)
         with tqdm(total=STEPS * len(missing), desc="teachers read", unit="step") as bar:
             while not pending.ready():
@@ -300,7 +324,7 @@ def prepare(seed=0):
         pending.get()
     data = kp.read_data(folder)
     asked = [q for split in ("train", "ood/train") for q in data[split] if int(q.id.rsplit("-", 1)[1]) <= 100]
-    teachers = kp.Teachers([folder / "teachers" / name for name in TEACHERS], folder / "cache", batch_size=128)
+    teachers = kp.Teachers([folder / "teachers" / name for name in TEACHERS], folder / "cache")
     model.write_json(folder / "report.json", report(teachers, asked, facts))
     show_report(folder)
     return folder
