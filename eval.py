@@ -61,7 +61,9 @@ def open_run(args):
     folder, settings = Path(args.run), {}
     if not folder.is_dir():
         raise BadInput(f"{folder}: no such folder; give a run (out/RUN) or a checkpoint folder")
-    if (folder / "student").is_dir():
+    if (folder / "purified.jsonl").exists() or (folder / "metrics.jsonl").exists():
+        if not (folder / "result.json").exists():
+            raise BadInput(f"{folder}: this run is not finished; go on with train.py ... --resume")
         settings, folder = models.read_json(folder / "config.json"), folder / "student"
     data = kp.read_data(args.data or settings.get("data") or prepare.prepare())
     student, tokenizer = models.load(folder, args.device or ("cuda" if torch.cuda.is_available() else "cpu"))

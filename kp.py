@@ -359,10 +359,10 @@ def mean_per_row(logits, labels, where):
     return torch.zeros_like(where, dtype=torch.float).masked_scatter(where, losses).sum(1) / where.sum(1)
 
 
-def dual_loss(student, encode, questions, rationales, lam):
-    """L_PR + lambda * L_DL(r_P); with M rationales L_PR + sum_m alpha_m L_DL(r_m), alpha_m = lambda / M (TinyLLM).
+def dual_loss(student, encode, questions, rationales, lam, alpha=None):
+    """L_PR + lambda * L_DL(r_P); with M rationales L_PR + sum_m alpha_m L_DL(r_m) (TinyLLM).
 
-    So the rationales' weight against the answer's is the same however many there are. B questions, B lists of texts
+    alpha_m is lambda / M unless told: the rationales weigh the same however many there are. B questions, B lists of texts
     (none, one or M each), one forward pass for both tasks. Returns the loss, the answers' losses (B,) and the
     rationales' losses (R,), both detached, and the number of tokens read and predicted.
     """
@@ -371,8 +371,8 @@ def dual_loss(student, encode, questions, rationales, lam):
     targets = encode([q.choices[q.answer] for q in questions] + [text for texts in rationales for text in texts])
     losses = sequence_losses(student, inputs, targets)
     answers, explained = losses.split([len(questions), len(owners)])
-    shares = torch.tensor([1 / len(texts) for texts in rationales for _ in texts], device=losses.device)
-    loss = answers.mean() + lam * (shares * explained).sum() / len(questions)
+    weights = [lam / len(texts) if alpha is None else alpha for texts in rationales for _ in texts]
+    loss = answers.mean() + (torch.tensor(weights, device=losses.device) * explained).sum() / len(questions)
     return loss, answers.detach(), explained.detach(), sum(map(len, inputs)) + sum(map(len, targets))
 
 

@@ -39,6 +39,7 @@ def parse_args(argv=None):
     add("--max-new-tokens", type=int, default=128, metavar="N", help="longest rationale, in tokens")
     add = parser.add_argument_group("training").add_argument
     add("--lam", type=float, default=1.0, metavar="X", help="weight of the rationale loss, lambda")
+    add("--alpha", type=float, metavar="X", help="weight of each rationale, alpha_m (default: lambda / their number)")
     add("--steps", type=int, default=800, metavar="N", help="optimiser steps")
     add("--batch-size", type=int, default=16, metavar="N", help="questions per step")
     add("--lr", type=float, metavar="X", help="peak learning rate (default: 3e-3 for tiny, else 3e-4)")
@@ -231,7 +232,7 @@ def train(args):
     if checkpoint:
         done = load_checkpoint(checkpoint, student, optimizer, purifier)
         seconds.update(done.pop("seconds"))
-        teachers.ledger.update(done.pop("ledger"))
+        teachers.ledger = type(teachers.ledger)(done.pop("ledger"))
         teachers.counted |= {tuple(key) for key in done.pop("counted")}
         kept = (run / "metrics.jsonl").read_bytes().splitlines(keepends=True)[: done["lines"]]
         with models.atomic(run / "metrics.jsonl") as temporary:
@@ -265,7 +266,8 @@ def train(args):
                 group["lr"] = learning_rate(step, args)
             batch, rationales = [questions[row] for row in visits[step]], purifier.rationales(step)
             with torch.autocast(args.device, torch.bfloat16, enabled=args.dtype == "bfloat16"):
-                loss, answer_losses, rationale_losses, n_tokens = kp.dual_loss(student, encode, batch, rationales, args.lam)
+                loss, answer_losses, rationale_losses, n_tokens = kp.dual_loss(
+                    student, encode, batch, rationales, args.lam, args.alpha)  # fmt: skip
             loss.backward()
             norm = torch.nn.utils.clip_grad_norm_(student.parameters(), args.clip)
             optimizer.step()
