@@ -197,7 +197,7 @@ def table(args):
 def ood(args):
     """Purifiers fitted on the in-domain tasks only choose the rationales of tasks that they never saw."""
     names = [name for name in PURIFIERS if name != "single"]
-    results = run_all(args, {f"ood-{name}": ["--purifier", name, "--ood", "--steps", "400"] for name in names})
+    results = run_all(args, {f"ood-{name}": ["--purifier", name, "--ood", "--steps", 400] for name in names})
     publish(args, "ood", *result_rows(results), results)
 
 

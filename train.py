@@ -40,7 +40,7 @@ def parse_args(argv=None):
     add = parser.add_argument_group("training").add_argument
     add("--lam", type=float, default=1.0, metavar="X", help="weight of the rationale loss, lambda")
     add("--alpha", type=float, metavar="X", help="weight of each rationale, alpha_m (default: lambda / their number)")
-    add("--steps", type=int, default=800, metavar="N", help="optimiser steps")
+    add("--steps", type=int, default=600, metavar="N", help="optimiser steps")
     add("--batch-size", type=int, default=16, metavar="N", help="questions per step")
     add("--lr", type=float, metavar="X", help="peak learning rate (default: 3e-3 for tiny, else 3e-4)")
     add("--weight-decay", type=float, default=0.01, metavar="X", help="of AdamW")
