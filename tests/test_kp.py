@@ -194,7 +194,7 @@ def test_accuracy_counts_the_likeliest_choice(world, teacher_folders):
         right = 0
         for q in mine:
             ids = tokenizer.encode(kp.predict_prompt(q)).ids
-            losses = [float(kp.sequence_losses(student, [ids], [t]) * len(t)) for t in (tokenizer.encode(c).ids for c in q.choices)]
+            losses = [kp.sequence_losses(student, [ids], [t]).item() * len(t) for t in (tokenizer.encode(c).ids for c in q.choices)]
             right += losses.index(min(losses)) == q.answer
         assert result[task] == right / len(mine)
     assert result["mean"] == pytest.approx(sum(v for k, v in result.items() if k != "mean") / 4)
