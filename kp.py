@@ -214,6 +214,9 @@ class Teachers:
         for f in self.folders:
             if not f.is_dir():
                 raise BadInput(f"{f}: no such folder; --teachers takes checkpoint folders")
+            kind = models.read_json(f / "config.json").get("model_type")
+            if kind not in ("t5", "llama", "mistral"):
+                raise BadInput(f"{f / 'config.json'}: model_type {kind!r} cannot teach; take a t5, llama or mistral")
         self.names = [f.name for f in self.folders]
         self.files = [Path(cache) / fingerprint(f)[:16] / "said.jsonl" for f in self.folders]
         self.said = [self._recall(f) for f in self.files]

@@ -217,6 +217,8 @@ def train(args):
         encoder_folder = Path(args.encoder) if args.encoder else t5
         if encoder_folder is None:
             raise BadInput("no T5 among the teachers to embed questions with; give --encoder DIR")
+        if args.encoder and not hasattr(models.load(args.encoder)[0], "encode"):
+            raise BadInput(f"--encoder {args.encoder}: not an encoder; take a Bert or a T5")
         student, tokenizer = load_student(student_folder, t5, args)
         optimizer = torch.optim.AdamW(
             student.parameters(), args.lr, betas=(0.9, 0.98), weight_decay=args.weight_decay, fused=True)  # fmt: skip

@@ -1,4 +1,5 @@
 import json
+import shutil
 import subprocess
 import sys
 
@@ -147,6 +148,32 @@ def test_bad_arguments_end_with_one_line(world, teacher_folders, tmp_path, argum
     (line,) = out.stderr.strip().splitlines()
     assert line.startswith("error: ") and all(word in line for word in says)
     assert not (tmp_path / "run").exists() and not (tmp_path / "cache").exists()
+
+
+@pytest.mark.parametrize(
+    "spoil, says",
+    [
+        (lambda f: (f / "config.json").unlink(), "config.json"),
+        (lambda f: (f / "tokenizer.json").unlink(), "tokenizer.json"),
+        (lambda f: (f / "model.safetensors").unlink(), "model.safetensors"),
+        (lambda f: (f / "config.json").write_text('{"model_type": "gpt2"}'), "gpt2"),
+    ],
+)
+def test_a_spoilt_teacher_is_named_before_anything_is_written(world, teacher_folders, tmp_path, spoil, says):
+    shutil.copytree(teacher_folders[2], tmp_path / "bad")
+    spoil(tmp_path / "bad")
+    with pytest.raises(model.BadInput, match=says) as error:
+        run(world, [*teacher_folders[:2], tmp_path / "bad"], tmp_path, "--purifier", "router")
+    assert "\n" not in str(error.value) and str(tmp_path / "bad") in str(error.value)
+    assert not (tmp_path / "run").exists() and not (tmp_path / "cache").exists()
+
+
+@pytest.mark.parametrize("encoder", ["nowhere", "llama"])
+def test_a_bad_encoder_is_named_before_anything_is_written(world, teacher_folders, tmp_path, encoder):
+    given = teacher_folders[1] if encoder == "llama" else tmp_path / encoder
+    with pytest.raises(model.BadInput, match="encoder|no such folder"):
+        run(world, teacher_folders, tmp_path, "--encoder", str(given))
+    assert not (tmp_path / "run").exists()
 
 
 def test_eval_of_nothing_ends_with_one_line(tmp_path):
