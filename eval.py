@@ -26,6 +26,9 @@ def parse_args(argv=None):
     for name in ("table", "conflict", "ood", "fit-curve"):
         add(f"--{name}", action="store_true", help="see above")
     add("--seeds", type=int, default=3, metavar="N", help="runs of each, with seeds 0 to N - 1")
+    add("--world", type=int, default=0, metavar="N", help="seed of the micro world")
+    add("--steps", type=int, metavar="N", help="optimiser steps of each run (default: train.py's)")
+    add("--jobs", type=int, default=1, metavar="N", help="runs at a time, the cores shared out among them")
     add("--quick", action="store_true", help="one seed and 200 steps")
     add("--out", metavar="DIR", default="out", help="where runs and tables go")
     add("--plot", metavar="FILE", help="with --conflict or --table: draw it (needs matplotlib)")
@@ -40,6 +43,7 @@ import random
 import statistics
 import subprocess
 import textwrap
+from concurrent.futures import ThreadPoolExecutor
 from itertools import combinations
 from pathlib import Path
 
@@ -49,6 +53,7 @@ from tqdm import tqdm
 
 import kp
 import model as models
+import train
 from data.micro import prepare
 from kp import BadInput
 from purify import PURIFIERS
@@ -65,7 +70,7 @@ def open_run(args):
         if not (folder / "result.json").exists():
             raise BadInput(f"{folder}: this run is not finished; go on with train.py ... --resume")
         settings, folder = models.read_json(folder / "config.json"), folder / "student"
-    data = kp.read_data(args.data or settings.get("data") or prepare.prepare())
+    data = kp.read_data(args.data or settings.get("data") or prepare.prepare(settings.get("world", 0)))
     student, tokenizer = models.load(folder, args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if not isinstance(student, models.T5):
         raise BadInput(f"{folder}: a student is a T5; this is a {student.config['model_type']}")
@@ -89,12 +94,11 @@ def look(args):
     settings, data, student, tokenizer = open_run(args)
     if not settings:
         raise BadInput(f"{args.run}: --show needs a run's folder (out/RUN), not a bare checkpoint")
-    chosen = [row for _, row in kp.read_jsonl(Path(args.run) / "purified.jsonl")]
+    chosen = [row for _, row in kp.read_rows(Path(args.run) / "purified.jsonl")]
     questions, colour = {q.id: q for q in data["train"] + data.get("ood/train", [])}, sys.stdout.isatty() and "NO_COLOR" not in os.environ
     shown = random.Random(settings["seed"]).sample([row for row in chosen if row["id"] in questions], min(args.show, len(chosen)))
-    folders = settings["teachers"] or [prepare.prepare() / "teachers" / name for name in prepare.TEACHERS]
-    asking = kp.Asking(settings["device"], None, settings["shots"], settings["max_new_tokens"], settings["teacher_forcing"])
-    teachers = kp.Teachers(folders, settings["cache"], asking, data["train"])
+    asked = argparse.Namespace(**settings)
+    teachers = train.open_teachers(asked, train.read_world(asked)[1], data, lambda: (student, tokenizer))
 
     def line(label, text, right=None, strong=False):
         mark = " " if right is None else "+" if right else "-"
@@ -127,22 +131,35 @@ def look(args):
 # ------------------------------------------------------------------------------------------- many runs
 
 
+def folder_of(args, label, seed):
+    return Path(args.out) / ("quick" if args.quick else "runs") / f"{label}-{seed}"
+
+
 def run_all(args, jobs):
     """jobs {label: train.py's arguments} x seeds -> {label: [result of each seed]}. What is done is not done again."""
-    seeds, results, todo = range(1 if args.quick else args.seeds), {}, []
+    seeds, todo, results = range(1 if args.quick else args.seeds), [], {}
+    steps = 200 if args.quick else args.steps
     for label, arguments in jobs.items():
-        arguments = [*map(str, arguments), *(["--steps", "200"] if args.quick else [])]
         for seed in seeds:
-            out = Path(args.out) / ("quick" if args.quick else "runs") / f"{label}-{seed}"
+            out = folder_of(args, label, seed)
+            asked = [*map(str, arguments), *(["--steps", str(steps)] if steps else []), "--world", str(args.world)]
+            asked += ["--seed", str(seed), "--out", str(out)]
+            same = (out / "config.json").exists() and models.read_json(out / "config.json").get("command") == asked
             results.setdefault(label, []).append(out / "result.json")
-            asked = [*arguments, "--seed", str(seed)]
-            if not (out / "result.json").exists() or models.read_json(out / "config.json").get("command") != asked:
-                todo.append((out, asked))
-    for out, asked in tqdm(todo, desc="runs", unit="run"):
-        command = [sys.executable, "train.py", *asked, "--out", str(out.resolve()), "--overwrite"]
-        done = subprocess.run(command, cwd=Path(__file__).parent, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+            if not (same and (out / "result.json").exists()):
+                todo.append([*asked, "--resume" if same else "--overwrite"])
+    prepare.prepare(args.world)  # once, not in every run
+    environment = os.environ | {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // args.jobs))}
+
+    def run(asked):
+        command = [sys.executable, str(Path(__file__).with_name("train.py")), *asked]
+        done = subprocess.run(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
         if done.returncode:
             raise BadInput(f"train.py {' '.join(asked)} failed: {done.stderr.strip().splitlines()[-1]}")
+
+    with ThreadPoolExecutor(args.jobs) as pool:
+        for _ in tqdm(pool.map(run, todo), "runs", len(todo), unit="run"):
+            pass
     return {label: [models.read_json(path) for path in paths] for label, paths in results.items()}
 
 
@@ -197,7 +214,7 @@ def table(args):
 def ood(args):
     """Purifiers fitted on the in-domain tasks only choose the rationales of tasks that they never saw."""
     names = [name for name in PURIFIERS if name != "single"]
-    results = run_all(args, {f"ood-{name}": ["--purifier", name, "--ood", "--steps", 400] for name in names})
+    results = run_all(args, {f"ood-{name}": ["--purifier", name, "--ood"] for name in names})
     publish(args, "ood", *result_rows(results), results)
 
 
@@ -209,20 +226,16 @@ def fit_curve(args):
 
 def conflict(args):
     """Accuracy against the number of teachers (the paper's first figure), and the conflict meter."""
-    folder = prepare.prepare()
-    names = list(prepare.TEACHERS)
-    jobs = {}
+    names, jobs = list(prepare.TEACHERS), {}
     for n in range(1, len(names) + 1):
-        some = [folder / "teachers" / name for name in names[:n]]
-        given = [] if n == len(names) else ["--data", folder, "--teachers", *some, "--shots", 0]
         for purifier in ("none", "router") if n > 1 else ("none",):
-            jobs[purifier if n == len(names) else f"{purifier}-{n}-teachers"] = ["--purifier", purifier, *given]
+            given = ["--teachers", *names[:n]] if n < len(names) else []
+            jobs[f"{purifier}-{n}-teachers" if given else purifier] = ["--purifier", purifier, *given]
     results = run_all(args, jobs)
     publish(args, "conflict", *result_rows(results), results)
     rows = []
     for purifier in ("none", "router"):
-        run = Path(args.out) / ("quick" if args.quick else "runs") / f"{purifier}-0"
-        for label, same_question, same_answer in conflict_meter(run):
+        for label, same_question, same_answer in conflict_meter(folder_of(args, purifier, 0)):
             rows.append([f"{purifier}: {label}", same_question, same_answer])
     publish(args, "conflict-meter", ["rationales, student", "same question", "same answer"], rows, rows)
     return results
@@ -236,8 +249,8 @@ def conflict_meter(run, n_pairs=64):
     Measured on n_pairs pairs before training (the student's first weights) and after it. -> rows of text.
     """
     settings, rng = models.read_json(run / "config.json"), random.Random(0)
-    data = kp.read_data(settings["data"] or prepare.prepare())
-    given = {row["id"]: row["rationales"] for _, row in kp.read_jsonl(run / "purified.jsonl")}
+    data = kp.read_data(settings["data"] or prepare.prepare(settings["world"]))
+    given = {row["id"]: row["rationales"] for _, row in kp.read_rows(run / "purified.jsonl")}
     questions = [q for q in data["train"] if given.get(q.id)]
     by_answer = {}
     for q in questions:
@@ -245,9 +258,9 @@ def conflict_meter(run, n_pairs=64):
     groups = [g for g in by_answer.values() if len(g) > 1]
     pairs = [rng.sample(rng.choice(groups), 2) for _ in range(n_pairs)]
 
-    before = settings["student"] if settings["student"] != "tiny" else prepare.prepare() / "student"
-    for label, folder in (("before training", before), ("after training", run / "student")):
-        student, tokenizer = models.load(folder)
+    asked = argparse.Namespace(**settings)
+    first = train.load_student(asked, train.read_world(asked)[2], map(kp.explain_prompt, data["train"]))
+    for label, (student, tokenizer) in (("before training", first), ("after training", models.load(run / "student"))):
         encode = kp.Targets(tokenizer)
 
         def gradient(q, text, student=student, encode=encode):

@@ -15,12 +15,19 @@ import json
 import os
 import random
 import re
+import sys
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from tokenizers import Tokenizer
+from tokenizers.decoders import ByteLevel as ByteLevelDecoder
+from tokenizers.models import BPE
+from tokenizers.pre_tokenizers import ByteLevel
+from tokenizers.processors import TemplateProcessing
+from tokenizers.trainers import BpeTrainer
 from tqdm import tqdm
 
 import model as models
@@ -38,37 +45,40 @@ class Question:
     answer: int  # index into choices
 
 
-def read_jsonl(path):
-    """Yield (line number, object) of a JSON-lines file; BadInput names the line that does not parse."""
+def read_rows(path):
+    """Yield (place, object) of a file of JSON lines, or of one JSON array; BadInput names the line that does not parse."""
     try:
-        lines = Path(path).read_bytes().split(b"\n")
+        whole = Path(path).read_bytes()
     except OSError as error:
         raise BadInput(f"{path}: cannot be read ({error.strerror})") from None
-    for number, line in enumerate(lines, 1):
+    if whole.lstrip().startswith(b"["):
+        yield from ((f"{path}: entry {i}", row) for i, row in enumerate(models.read_json(path), 1))
+        return
+    for number, line in enumerate(whole.split(b"\n"), 1):
         if line.strip():
             try:
-                yield number, json.loads(line)
-            except ValueError as error:
+                yield f"{path}:{number}", json.loads(line)
+            except (ValueError, RecursionError) as error:
                 raise BadInput(f"{path}:{number}: not a line of JSON ({error}); mend or delete it") from None
 
 
 def read_questions(path):
-    """One question a line: {"id", "task", "text", "choices", "answer"}, the answer a choice or its index."""
+    """One question a line or entry: {"id", "task", "text", "choices", "answer"}, the answer a choice, its index or letter."""
     questions = []
-    for number, row in read_jsonl(path):
-        where = f"{path}:{number}"
+    for where, row in read_rows(path):
         row = row if isinstance(row, dict) else {}
         text, choices, answer = row.get("text", row.get("question")), row.get("choices"), row.get("answer")
         if not isinstance(text, str) or not text.strip():
-            raise BadInput(f"{where}: no question; each line needs text, choices and answer")
-        if not isinstance(choices, list) or len(choices) < 2 or not all(isinstance(c, str) and c for c in choices):
-            raise BadInput(f"{where}: choices must be a list of two or more texts")
-        if isinstance(answer, str) and answer in choices:
-            answer = choices.index(answer)
+            raise BadInput(f"{where}: no question; each needs text, choices and answer")
+        if not isinstance(choices, list) or not 2 <= len(choices) <= 10 or not all(isinstance(c, str) and c for c in choices):
+            raise BadInput(f"{where}: choices must be a list of 2 to 10 texts")
+        if isinstance(answer, str):
+            names = choices if answer in choices else "ABCDEFGHIJ"[: len(choices)]
+            answer = names.index(answer) if answer in names and answer else answer
         if type(answer) is not int or not 0 <= answer < len(choices):
             raise BadInput(f"{where}: the answer {answer!r} is not among the {len(choices)} choices; give its text or index")
         task = str(row.get("task", Path(path).resolve().parent.name))
-        questions.append(Question(str(row.get("id", number)), task, text, tuple(choices), answer))
+        questions.append(Question(str(row.get("id", len(questions))), task, text, tuple(choices), answer))
     if not questions:
         raise BadInput(f"{path}: holds no question; write one a line")
     return questions
@@ -77,12 +87,14 @@ def read_questions(path):
 def read_data(folder):
     """A folder with train, valid and test.jsonl, and perhaps the same under ood/ -> {split: [Question]}.
 
+    Or a folder in TinyLLM's layout: NAME_train.json, NAME_valid.json, NAME_test.json (and llm/, see ReadyMade).
     The out-of-domain splits are named ood/train, ood/valid, ood/test; only ood/test need exist.
     """
     folder = Path(folder)
     if not folder.is_dir():
         raise BadInput(f"{folder}: no such folder; give one with train.jsonl, valid.jsonl and test.jsonl")
-    data = {split: read_questions(folder / f"{split}.jsonl") for split in ("train", "valid", "test")}
+    files = sorted(folder.glob("*_train.json")) or [folder / "train.jsonl"]
+    data = {split: read_questions(files[0].with_name(files[0].name.replace("train", split))) for split in ("train", "valid", "test")}
     for file in sorted(folder.glob("ood/*.jsonl")):
         data[f"ood/{file.stem}"] = read_questions(file)
     return data
@@ -109,14 +121,28 @@ def explain_prompt(q):
     return f"explain: {ask(q)}"
 
 
-def score_prompt(q, examples=()):
-    return "".join(f"Question: {ask(e)} Answer: {e.choices[e.answer]}\n\n" for e in examples) + f"Question: {ask(q)} Answer:"
+def score_prompt(q, examples=(), rationale=""):
+    shown = "".join(f"Question: {ask(e)} Answer: {e.choices[e.answer]}\n\n" for e in examples)
+    return f"{shown}Question: {ask(q)}" + (f" Rationale: {rationale}" if rationale else "") + " Answer:"
 
 
 def rationale_prompt(q, examples=(), tell_answer=False):
     """As TinyLLM asks: examples, question, choices, (the answer, if told), "step by step"."""
     told = f" The answer is {q.choices[q.answer]}." if tell_answer else ""
     return score_prompt(q, examples).removesuffix(" Answer:") + told + " Let's think step by step."
+
+
+# How chat models want to be addressed; <s> or <|begin_of_text|> is the tokenizer's to add.
+INST = "[INST] {} [/INST]"
+HEADERS = "<|start_header_id|>user<|end_header_id|>\n\n{}<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n"
+
+
+def chat_format(folder, tokenizer):
+    """Llama-3's, or Llama-2's and Mistral's; "{}" for T5 and base models, which have no chat template."""
+    file, template = folder / "tokenizer_config.json", (folder / "chat_template.jinja").exists()
+    if not template and not (file.exists() and models.read_json(file).get("chat_template")):
+        return "{}"
+    return INST if tokenizer.token_to_id("<|start_header_id|>") is None else HEADERS
 
 
 def conclusion(rationale, choices):
@@ -134,7 +160,8 @@ def conclusion(rationale, choices):
 
 def continuation(tokenizer, prompt, text):
     """The ids that `text` adds behind `prompt` (tokenised together: joins at the seam are the model's own)."""
-    return tokenizer.encode(f"{prompt} {text}").ids[len(tokenizer.encode(prompt).ids) :]
+    seam = "" if prompt[-1:].isspace() else " "
+    return tokenizer.encode(prompt + seam + text).ids[len(tokenizer.encode(prompt).ids) :]
 
 
 @torch.no_grad()
@@ -220,7 +247,8 @@ class Teachers:
         self.names = [f.name for f in self.folders]
         self.files = [Path(cache) / fingerprint(f)[:16] / "said.jsonl" for f in self.folders]
         self.said = [self._recall(f) for f in self.files]
-        self.loaded, self.counted, self.ledger = {}, set(), Counter()
+        self.loaded, self.manner, self.told = {}, {}, set()
+        self.counted, self.ledger = set(), Counter()
         size = sum(w.stat().st_size for f in self.folders for w in models.weight_files(f))
         self.keep_all = size < 2**30  # small teachers stay in memory together, large ones take turns
 
@@ -235,7 +263,7 @@ class Teachers:
         if not whole.endswith(b"\n"):
             with open(file, "r+b") as f:
                 f.truncate(whole.rfind(b"\n") + 1)
-        return {record["key"]: record for _, record in read_jsonl(file)}
+        return {record["key"]: record for _, record in read_rows(file)}
 
     def model(self, m):
         if m not in self.loaded:
@@ -244,12 +272,34 @@ class Teachers:
             self.loaded[m] = models.load(self.folders[m], self.asking.device, self.asking.dtype)
         return self.loaded[m]
 
-    def _prompts(self, questions, prompt):
-        """In-context examples are drawn per question, from its own task, by the seed and the question's id."""
-        prompts, how = [], self.asking
+    def _prompts(self, m, questions, prompt):
+        """Prompts as teacher m wants them. Examples are drawn per question, from its own task, by seed and id.
+
+        What is too long loses examples, never the question. The text of a special token is no such token.
+        """
+        if m not in self.manner:
+            config = models.read_json(self.folders[m] / "config.json")
+            tokenizer = models.load_tokenizer(self.folders[m] / "tokenizer.json", config["vocab_size"])
+            special = [t.content for t in tokenizer.get_added_tokens_decoder().values() if t.special]
+            room = config.get("max_position_embeddings", config.get("n_positions", 512))
+            room -= 0 if config["model_type"] == "t5" else self.asking.max_new_tokens
+            self.manner[m] = tokenizer, special, room, chat_format(self.folders[m], tokenizer)
+        (tokenizer, special, room, chat), prompts, how = self.manner[m], [], self.asking
         for q in questions:
             others = [e for e in self.examples if e.task == q.task and e.id != q.id] if how.shots else []
-            prompts.append(prompt(q, random.Random(f"{how.seed} {q.id}").sample(others, min(how.shots, len(others)))))
+            others = random.Random(f"{how.seed} {q.id}").sample(others, min(how.shots, len(others)))
+            while True:
+                text = prompt(q, others)
+                for token in special:
+                    text = text.replace(token, "")
+                text = chat.format(text) if chat != "{}" else text
+                if not others or len(text.encode()) < room or len(tokenizer.encode(text).ids) <= room:
+                    break
+                others = others[1:]
+                if "examples" not in self.told:
+                    self.told.add("examples")
+                    tqdm.write(f"{self.names[m]} reads {room} tokens at most: examples are left out of longer prompts", sys.stderr)
+            prompts.append(text)
         return prompts
 
     def _answers(self, m, kind, prompts, extras, compute):
@@ -286,7 +336,7 @@ class Teachers:
         ledger = Counter(self.ledger), set(self.counted)
         columns = []
         for m in range(len(self)):
-            prompts = self._prompts(questions, score_prompt)
+            prompts = self._prompts(m, questions, score_prompt)
 
             def compute(model, tokenizer, rows, save):
                 asked, choices = [prompts[row] for row in rows], [questions[row].choices for row in rows]
@@ -309,7 +359,7 @@ class Teachers:
         out, how = [None] * len(questions), self.asking
         for m in sorted(set(picks)):
             mine = [i for i, pick in enumerate(picks) if pick == m]
-            prompts = self._prompts([questions[i] for i in mine], lambda q, e: rationale_prompt(q, e, how.tell_answer))
+            prompts = self._prompts(m, [questions[i] for i in mine], lambda q, e: rationale_prompt(q, e, how.tell_answer))
 
             def compute(model, tokenizer, rows, save):
                 ids = [e.ids for e in tokenizer.encode_batch([prompts[row] for row in rows])]
@@ -327,6 +377,61 @@ class Teachers:
             for i, record in zip(mine, records):
                 out[i] = record["text"]
         return out
+
+
+class ReadyMade:
+    """The two teachers whose rationales come with a data set in TinyLLM's layout: text only, no weights.
+
+    Each string of FOLDER/llm/train_CoT_K.json holds FLAN-T5-xl's rationale, up to "Thus, the answer is", and LLaMA-2's,
+    behind "llama rationale:". A scoring LM judges them, by how much likelier each makes the right answer a:
+
+        s_m(q) = sigmoid((log p(a | q, r_m) - log p(a | q)) / |a|),  |a| in tokens; 0 for an empty rationale
+    """
+
+    names, folders = ("flan-t5-xl", "llama-2"), ()
+
+    def __init__(self, folder, questions, scorer):
+        """scorer: () -> (model, tokenizer)"""
+        files = sorted(Path(folder).glob("llm/train_CoT_*.json"), key=lambda f: (len(f.name), f.name))
+        if not files:
+            raise BadInput(f"{folder}: no rationales in llm/train_CoT_0.json; give --teachers DIR ...")
+        texts = [(where, text) for file in files for where, text in read_rows(file)]
+        if len(texts) < len(questions):
+            raise BadInput(f"{files[-1]}: {len(texts)} rationales up to here for {len(questions)} questions; download it again")
+        self.said, self.scorer, self.known, self.counted, self.ledger = {}, scorer, {}, set(), Counter()
+        for q, (where, text) in zip(questions, texts):
+            if not isinstance(text, str):
+                raise BadInput(f"{where}: a rationale must be a text")
+            flan, _, llama = text.partition("llama rationale:")
+            self.said[q] = re.split(r"Thus, the answer is|\n\s*Q:", flan)[0].strip(), llama.strip()
+
+    def __len__(self):
+        return len(self.names)
+
+    def scores(self, questions, count=True):
+        """(N, 2), as the equation above."""
+        if new := [q for q in dict.fromkeys(questions) if q not in self.known]:
+            model, tokenizer = self.scorer()
+            prompts = [score_prompt(q, rationale=r) for q in new for r in ("", *self.said[q])]
+            answers = [(q.choices[q.answer],) for q in new for _ in range(1 + len(self))]
+            bar = tqdm(total=len(prompts), desc="score", leave=False, unit="prompt", delay=1)
+            logps = choice_logps(model, tokenizer, prompts, answers, progress=lambda rows, _: bar.update(len(rows)))
+            bar.close()
+            length = [len(tokenizer.encode(a, add_special_tokens=False).ids) for (a,) in answers]
+            per_token = torch.tensor([lp[0] / n for lp, n in zip(logps, length)]).view(len(new), -1)
+            helps = torch.sigmoid(per_token[:, 1:] - per_token[:, :1])
+            for q, row in zip(new, helps):
+                self.known[q] = torch.where(torch.tensor([bool(r) for r in self.said[q]]), row, 0.0)
+            self.ledger["score_read"] += sum(len(e.ids) for e in tokenizer.encode_batch(prompts)) if count else 0
+        return torch.stack([self.known[q] for q in questions])
+
+    def rationales(self, questions, picks):
+        """The text of teacher picks[i] for questions[i]; its words are counted as if they had been generated."""
+        for q, m in zip(questions, picks):
+            if (m, q.id) not in self.counted:
+                self.counted.add((m, q.id))
+                self.ledger["rationale_wrote"] += len(self.said[q][m].split())
+        return [self.said[q][m] for q, m in zip(questions, picks)]
 
 
 # -------------------------------------------------------------------------------------------- dual loss
@@ -366,17 +471,17 @@ def dual_loss(student, encode, questions, rationales, lam, alpha=None):
     """L_PR + lambda * L_DL(r_P); with M rationales L_PR + sum_m alpha_m L_DL(r_m) (TinyLLM).
 
     alpha_m is lambda / M unless told: the rationales weigh the same however many there are. B questions, B lists of texts
-    (none, one or M each), one forward pass for both tasks. Returns the loss, the answers' losses (B,) and the
-    rationales' losses (R,), both detached, and the number of tokens read and predicted.
+    (none, one or M each). One pass per task: in one for both, answers would be padded to the length of rationales.
+    Returns the loss, the answers' losses (B,) and the rationales' (R,), detached, and the tokens read and predicted.
     """
     owners = [q for q, texts in zip(questions, rationales) for _ in texts]
-    inputs = encode([predict_prompt(q) for q in questions] + [explain_prompt(q) for q in owners])
-    targets = encode([q.choices[q.answer] for q in questions] + [text for texts in rationales for text in texts])
-    losses = sequence_losses(student, inputs, targets)
-    answers, explained = losses.split([len(questions), len(owners)])
-    weights = [lam / len(texts) if alpha is None else alpha for texts in rationales for _ in texts]
-    loss = answers.mean() + (torch.tensor(weights, device=losses.device) * explained).sum() / len(questions)
-    return loss, answers.detach(), explained.detach(), sum(map(len, inputs)) + sum(map(len, targets))
+    predict, explain = encode([predict_prompt(q) for q in questions]), encode([explain_prompt(q) for q in owners])
+    answers, texts = encode([q.choices[q.answer] for q in questions]), encode([r for rs in rationales for r in rs])
+    l_pr = sequence_losses(student, predict, answers)  # (B,)
+    l_dl = sequence_losses(student, explain, texts) if texts else l_pr.new_zeros(0)  # (R,)
+    weights = [bool(r) * (lam / len(rs) if alpha is None else alpha) for rs in rationales for r in rs]  # none for an empty one
+    loss = l_pr.mean() + (l_pr.new_tensor(weights) * l_dl).sum() / len(questions)
+    return loss, l_pr.detach(), l_dl.detach(), sum(map(len, predict + explain + answers + texts))
 
 
 def tiny_t5(vocab_size, pad_token_id=0, eos_token_id=1):
@@ -386,3 +491,14 @@ def tiny_t5(vocab_size, pad_token_id=0, eos_token_id=1):
         tie_word_embeddings=False, dropout_rate=0.0, pad_token_id=pad_token_id, eos_token_id=eos_token_id))  # fmt: skip
     t5.shared.weight.data *= 0.3  # T5's unit-scale embeddings move too slowly for a run this short
     return t5
+
+
+def train_tokenizer(texts, vocab_size=4096):
+    """Byte-pair encoding of these texts, for a student that has no tokenizer of its own: <pad> is 0, </s> 1."""
+    tokenizer = Tokenizer(BPE())
+    tokenizer.pre_tokenizer, tokenizer.decoder = ByteLevel(), ByteLevelDecoder()
+    alphabet = ByteLevel.alphabet()
+    tokenizer.train_from_iterator(texts, BpeTrainer(
+        vocab_size=vocab_size, special_tokens=["<pad>", "</s>"], initial_alphabet=alphabet, show_progress=False))  # fmt: skip
+    tokenizer.post_processor = TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    return tokenizer

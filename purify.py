@@ -10,7 +10,7 @@ purifiers, one class each with one small interface: fit once, `rationales` befor
 
 import math
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
@@ -364,14 +364,17 @@ class World:
     fit_on: list  # what a purifier may be fitted on: the in-domain training questions
     teachers: object  # kp.Teachers: scores(questions), rationales(questions, picks)
     encoder: object  # () -> (sentence encoder, its tokenizer)
-    t5: object  # folder of the T5 teacher; None if there is none
+    aggregator: object  # () -> (T5, its tokenizer)
+    embeddings: dict = field(default_factory=dict)  # {question: (D,)} so far
 
     def visited(self):
         return sorted({row for rows in self.visits for row in rows})
 
     def embed(self, questions):
-        """-> (N, D), unit length."""
-        return models.embed(*self.encoder(), [ask(q) for q in questions])
+        """-> (N, D), unit length; each question is embedded once."""
+        if new := list({q: None for q in questions if q not in self.embeddings}):
+            self.embeddings.update(zip(new, models.embed(*self.encoder(), [ask(q) for q in new])))
+        return torch.stack([self.embeddings[q] for q in questions])
 
 
 class Purifier:
@@ -546,9 +549,7 @@ class Aggregate(Purifier):
     def fit(self, world):
         self.world, rows = world, world.visited()
         questions = [world.questions[row] for row in rows]
-        if not (self.args.aggregator or world.t5):
-            raise models.BadInput("no T5 among the teachers to aggregate with; give --aggregator DIR")
-        aggregator, tokenizer = models.load(self.args.aggregator or world.t5, self.args.device)
+        aggregator, tokenizer = world.aggregator()
         encode, texts = Targets(tokenizer), {}
         if not self.args.aggregator:
             fit = self.fit_questions(world, default=400)

@@ -24,10 +24,12 @@ def parse_args(argv=None):
     add("--resume", action="store_true", help="go on from the run's last checkpoint")
     add("--overwrite", action="store_true", help="start an unfinished run anew")
     add = parser.add_argument_group("data and models (default: the micro world)").add_argument
+    add("--world", type=int, default=0, metavar="N", help="seed of the micro world: its questions and its teachers")
     add("--data", metavar="DIR", help="folder with train.jsonl, valid.jsonl, test.jsonl")
-    add("--teachers", metavar="DIR", nargs="+", help="checkpoint folders of the teachers")
+    add("--teachers", metavar="DIR", nargs="+", help="checkpoint folders of the teachers (without --data: names of the micro world's)")
     add("--student", metavar="DIR", default="tiny", help="checkpoint folder of a T5, or tiny: the micro world's, or a new one")
     add("--encoder", metavar="DIR", help="sentence encoder of the routers, Bert or T5 (default: the first T5 teacher)")
+    add("--scorer", metavar="DIR", help="LM that judges ready-made rationales (TinyLLM's layout; default: the student as it starts)")
     add("--ood", action="store_true", help="train the student on the out-of-domain tasks; purifiers are fitted in domain")
     add("--cache", metavar="DIR", default="cache", help="what teachers said, kept for all runs")
     add = parser.add_argument_group("purification").add_argument
@@ -50,13 +52,14 @@ def parse_args(argv=None):
     add("--device", default=None, help="cpu or cuda (default: cuda if there is one)")
     add("--dtype", default=None, choices=("float32", "bfloat16"), help="of the forward pass (default: bfloat16 on cuda)")
     args = parser.parse_args(argv)
-    args.command = sys.argv[1:] if argv is None else list(argv)
+    args.command = [a for a in (sys.argv[1:] if argv is None else argv) if a not in ("--resume", "--overwrite")]
     return args
 
 
 if __name__ == "__main__":
     ARGS = parse_args()  # before the slow imports: --help answers at once
 
+import copy
 import json
 import math
 import random
@@ -85,58 +88,77 @@ def check(args):
     for name in ("steps", "batch_size", "eval_every", "max_new_tokens", "fit_questions"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             raise BadInput(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least 1")
-    if (args.data is None) != (args.teachers is None):
-        raise BadInput("--data and --teachers go together: give both, or neither for the micro world")
     if args.device == "cuda" and not torch.cuda.is_available():
         raise BadInput("--device cuda: no such device here; take cpu")
     args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     args.dtype = args.dtype or ("bfloat16" if args.device == "cuda" else "float32")
     args.out = args.out or f"out/{args.purifier}{'-ood' if args.ood else ''}-{args.seed}"
     args.lr = args.lr if args.lr is not None else (3e-3 if args.student == "tiny" else 3e-4)
-    args.shots = args.shots if args.shots is not None else (2 if args.teachers else 0)
-    args.log_agreement = args.teachers is None  # needs every teacher's scores, which are cheap only in the micro world
+    args.shots = args.shots if args.shots is not None else (2 if args.data else 0)
+    args.log_agreement = args.data is None  # needs every teacher's scores, which are cheap only in the micro world
 
 
 def read_world(args):
-    """-> (data {split: [Question]}, teacher folders, student folder or None for a new one)."""
-    data, teachers, student = args.data, args.teachers, None if args.student == "tiny" else args.student
-    if data is None:
+    """-> data {split: [Question]}; teacher folders, none where rationales are ready-made; folder of the T5 teacher or None."""
+    folder, teachers, t5 = args.data, [Path(t) for t in args.teachers or ()], None
+    if folder is None:
         from data.micro import prepare
 
-        data = prepare.prepare()
-        teachers = [data / "teachers" / name for name in prepare.TEACHERS]
-    if not 0 <= args.teacher < len(teachers):
-        raise BadInput(f"--teacher {args.teacher}: there are {len(teachers)} teachers, numbered from 0")
-    data = kp.read_data(data)
+        folder = prepare.prepare(args.world)
+        for name in args.teachers or ():
+            if name not in prepare.TEACHERS:
+                raise BadInput(f"--teachers {name}: the micro world's are {', '.join(prepare.TEACHERS)}; for others give --data too")
+        teachers = [folder / "teachers" / name for name in args.teachers or prepare.TEACHERS]
+        t5 = folder / "teachers" / "t5"  # embeds questions, whoever teaches
+    data = kp.read_data(folder)
     for split in ("train", "test"):
         if args.ood and f"ood/{split}" not in data:
-            raise BadInput(f"--ood: {args.data} has no ood/{split}.jsonl")
-    return data, teachers, student
+            raise BadInput(f"--ood: {folder} has no ood/{split}.jsonl")
+    return data, teachers, t5
 
 
-def load_student(folder, t5, args):
-    """-> (T5, tokenizer): a checkpoint, or where there is none a new small one with the T5 teacher's tokenizer."""
-    if folder:
-        student, tokenizer = models.load(folder, args.device, torch.float32)
+def open_teachers(args, folders, data, scorer):
+    """The checkpoints in `folders`, or without any the rationales that --data brings along, judged by `scorer`."""
+    if folders:
+        asking = kp.Asking(args.device, torch.bfloat16 if args.device == "cuda" else None, args.shots, args.max_new_tokens,
+                           args.teacher_forcing, seed=args.seed)  # fmt: skip
+        teachers = kp.Teachers(folders, args.cache, asking, data["train"])
+    else:
+        teachers = kp.ReadyMade(args.data, data["train"], scorer)
+    if not 0 <= args.teacher < len(teachers):
+        raise BadInput(f"--teacher {args.teacher}: there are {len(teachers)} teachers, numbered from 0")
+    return teachers
+
+
+def load_student(args, t5, texts):
+    """-> (T5, tokenizer): a checkpoint, or a new small one with the T5 teacher's tokenizer or one trained on `texts`."""
+    if args.student != "tiny":
+        student, tokenizer = models.load(args.student, args.device, torch.float32)
         if not isinstance(student, models.T5):
-            raise BadInput(f"--student {folder}: a student is a T5; this is a {student.config['model_type']}")
+            raise BadInput(f"--student {args.student}: a student is a T5; this is a {student.config['model_type']}")
         return student, tokenizer
-    if not t5:
-        raise BadInput("--student tiny needs a T5 among the teachers, for its tokenizer; give --student DIR")
-    config = models.read_json(t5 / "config.json")
-    tokenizer = models.load_tokenizer(t5 / "tokenizer.json", config["vocab_size"])
+    if t5:
+        config = models.read_json(t5 / "config.json")
+        tokenizer, special = models.load_tokenizer(t5 / "tokenizer.json", config["vocab_size"]), (config["pad_token_id"], config["eos_token_id"])
+    else:
+        tokenizer, special = kp.train_tokenizer(texts), (0, 1)
     torch.manual_seed(args.seed)
-    return kp.tiny_t5(tokenizer.get_vocab_size(), config["pad_token_id"], config["eos_token_id"]).to(args.device), tokenizer
+    return kp.tiny_t5(tokenizer.get_vocab_size(), *special).to(args.device), tokenizer
 
 
-def draw_visits(n_questions, args):
-    """visits[step]: rows of that step's batch; every question once per epoch, in a new order each."""
-    order = []
-    for epoch in range(-(-args.steps * args.batch_size // n_questions)):
-        rows = list(range(n_questions))
-        random.Random(f"{args.seed} {epoch}").shuffle(rows)
-        order += rows
-    return [order[s * args.batch_size : (s + 1) * args.batch_size] for s in range(args.steps)]
+def draw_visits(lengths, args, block=8):
+    """visits[step]: rows of that step's batch. Every question comes once per epoch, in a new order each.
+
+    Each `block` of batches is sorted by the questions' lengths: 5 % of the tokens are padding instead of 19 %.
+    """
+    order, visits, size = [], [], args.batch_size
+    for epoch in range(-(-args.steps * size // len(lengths))):
+        order += random.Random(f"{args.seed} {epoch}").sample(range(len(lengths)), len(lengths))
+    for start in range(0, args.steps * size, block * size):
+        rows = sorted(order[start : min(start + block * size, args.steps * size)], key=lambda row: lengths[row])
+        batches = [rows[i : i + size] for i in range(0, len(rows), size)]
+        visits += random.Random(f"{args.seed} {start}").sample(batches, len(batches))
+    return visits
 
 
 def learning_rate(step, args):
@@ -208,26 +230,26 @@ def load_checkpoint(path, student, optimizer, purifier):
 def train(args):
     seconds = Stopwatch()
     with seconds("set up"):
-        data, teacher_folders, student_folder = read_world(args)
-        asking = kp.Asking(args.device, torch.bfloat16 if args.device == "cuda" else None, args.shots, args.max_new_tokens,
-                           args.teacher_forcing, seed=args.seed)  # fmt: skip
-        teachers = kp.Teachers(teacher_folders, args.cache, asking, data["train"])
-        kinds = {f: models.read_json(f / "config.json").get("model_type") for f in teachers.folders}
-        t5 = next((f for f, kind in kinds.items() if kind == "t5"), None)
-        encoder_folder = Path(args.encoder) if args.encoder else t5
-        if encoder_folder is None:
-            raise BadInput("no T5 among the teachers to embed questions with; give --encoder DIR")
-        if args.encoder and not hasattr(models.load(args.encoder)[0], "encode"):
+        data, teacher_folders, t5 = read_world(args)
+
+        def reader():  # embeds, aggregates, scores: the T5 teacher, or where there is none the student as it starts
+            return models.load(t5, args.device) if t5 else (copy.deepcopy(student).eval(), tokenizer)
+
+        or_reader = lambda folder: models.load(folder, args.device) if folder else reader()  # noqa: E731
+        teachers = open_teachers(args, teacher_folders, data, lambda: or_reader(args.scorer))
+        t5 = t5 or next((f for f in teachers.folders if models.read_json(f / "config.json")["model_type"] == "t5"), None)
+        student, tokenizer = load_student(args, t5, map(kp.explain_prompt, data["train"]))
+        if args.encoder and not hasattr(or_reader(args.encoder)[0], "encode"):
             raise BadInput(f"--encoder {args.encoder}: not an encoder; take a Bert or a T5")
-        student, tokenizer = load_student(student_folder, t5, args)
         optimizer = torch.optim.AdamW(
             student.parameters(), args.lr, betas=(0.9, 0.98), weight_decay=args.weight_decay, fused=True)  # fmt: skip
         questions, encode = data["ood/train" if args.ood else "train"], kp.Targets(tokenizer)
-        visits = draw_visits(len(questions), args)
+        visits = draw_visits([len(ids) for ids in encode([kp.explain_prompt(q) for q in questions])], args)
         run, checkpoint = open_folder(args)
 
     with seconds("purify"):  # teachers are asked here, and only for what the purifier wants
-        world = World(questions, visits, data["train"], teachers, lambda: models.load(encoder_folder, args.device), t5)
+        world = World(questions, visits, data["train"], teachers, lambda: or_reader(args.encoder),
+                      lambda: or_reader(args.aggregator))
         purifier = PURIFIERS[args.purifier](args).fit(world)
 
     done = dict(step=0, student_tokens=0, given={}, lines=0)  # what a checkpoint remembers besides the tensors

@@ -1,7 +1,9 @@
 import json
+import random
 import shutil
 import subprocess
 import sys
+from collections import Counter
 
 import pytest
 import torch
@@ -67,15 +69,19 @@ def test_a_student_may_be_a_checkpoint(world, teacher_folders, tmp_path):
     assert all(torch.equal(p, q) for p, q in zip(before.parameters(), after.parameters()))
 
 
-def test_visits_cover_every_question_once_an_epoch():
-    def settings(steps, seed):
-        return train.parse_args(["--batch-size", "4", "--steps", str(steps), "--seed", str(seed)])
+def test_visits_cover_every_question_as_often_in_batches_of_like_length():
+    def visits(lengths, steps, seed=0):
+        return train.draw_visits(lengths, train.parse_args(["--batch-size", "4", "--steps", str(steps), "--seed", str(seed)]))
 
-    visits = train.draw_visits(10, settings(7, 0))
-    assert [len(v) for v in visits] == [4] * 7
-    order = [row for rows in visits for row in rows]
-    assert sorted(order[:10]) == sorted(order[10:20]) == list(range(10)) and order[:10] != order[10:20]
-    assert train.draw_visits(10, settings(9, 0))[:7] == visits != train.draw_visits(10, settings(7, 1))
+    few = visits([5] * 10, 7)
+    assert [len(batch) for batch in few] == [4] * 7
+    assert set(Counter(row for batch in few for row in batch).values()) == {2, 3}  # 28 visits, 10 questions
+    assert few == visits([5] * 10, 7) != visits([5] * 10, 7, seed=1)
+    lengths = [random.Random(i).randint(20, 60) for i in range(320)]
+    epoch = visits(lengths, 80)
+    assert sorted(row for batch in epoch for row in batch) == list(range(320))
+    padded = sum(4 * max(lengths[row] for row in batch) for batch in epoch)
+    assert sum(lengths) / padded > 0.9 > sum(lengths) / sum(4 * max(lengths[i : i + 4]) for i in range(0, 320, 4))
 
 
 def test_the_learning_rate_warms_up_and_decays_to_zero():

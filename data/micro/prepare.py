@@ -47,17 +47,17 @@ READ_ELSEWHERE = (1, 2)  # what a teacher has read outside its own subject: enti
 STEPS_DONE = [0] * 4  # how far each teacher is; shared between processes
 PLAIN = 0.25  # share of exercises to answer plainly; the others are to explain
 COMPREHENSION = 0.12  # share of exercises that name things without a fact, so that every name is known
-STEPS, BATCH, LEARNING_RATE = 900, 32, 2.5e-3  # of each teacher
+BATCH, LEARNING_RATE = 32, 2.5e-3  # of each teacher
 
-TEACHERS = {  # name: (subject read whole, config)
-    "t5": ("nature", dict(model_type="t5")),  # kp.tiny_t5
-    "llama-2": ("science", dict(
+TEACHERS = {  # name: (subject read whole, training steps until that is known, config)
+    "t5": ("nature", 650, dict(model_type="t5")),  # kp.tiny_t5
+    "llama-2": ("science", 850, dict(
         model_type="llama", hidden_size=96, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4,
         rms_norm_eps=1e-5, initializer_range=0.1)),
-    "mistral": ("medicine", dict(
+    "mistral": ("medicine", 1000, dict(
         model_type="mistral", hidden_size=96, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4,
         num_key_value_heads=2, sliding_window=64, rms_norm_eps=1e-5, initializer_range=0.1)),
-    "llama-3.1": ("riddles", dict(
+    "llama-3.1": ("riddles", 750, dict(
         model_type="llama", hidden_size=96, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4,
         num_key_value_heads=2, rms_norm_eps=1e-5, initializer_range=0.1, rope_theta=500000.0, rope_scaling=dict(
             rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
@@ -227,21 +227,21 @@ def exercise(rng, facts, reading):
     return kp.rationale_prompt(q), rationale
 
 
-def batches(rng, facts, reading, block=10):
-    """STEPS batches of exercises of similar length: drawn and sorted a block at a time, a third less padding."""
-    for _ in range(-(-STEPS // block)):
+def batches(rng, facts, reading, steps, block=10):
+    """Batches of exercises of similar length: drawn and sorted a block at a time, a third less padding."""
+    for _ in range(-(-steps // block)):
         drawn = sorted((exercise(rng, facts, reading) for _ in range(BATCH * block)), key=lambda e: len(e[0]) + len(e[1]))
-        for i in rng.sample(range(block), min(block, STEPS)):
+        for i in rng.sample(range(block), min(block, steps)):
             yield zip(*drawn[i * BATCH : (i + 1) * BATCH])
 
 
 def train_teacher(job):
     """Train one teacher from scratch on its exercises and save it. Runs in a process of its own."""
-    name, folder, seed, index = job
+    name, folder, seed, index, steps = job
     torch.set_num_threads(1)  # one thread each: as many teachers at a time as there are cores
     torch.manual_seed(seed)
     facts, rng = read_facts(), random.Random(f"exercises {name} {seed}")
-    reading, tokenizer, config = reading_list(facts, name, seed), train_tokenizer(facts), TEACHERS[name][1]
+    reading, tokenizer, config = reading_list(facts, name, seed), train_tokenizer(facts), TEACHERS[name][2]
     is_t5 = config["model_type"] == "t5"
     frame = "$A </s>" if is_t5 else "<s> $A"
     tokenizer.post_processor = processors.TemplateProcessing(single=frame, special_tokens=[("</s>", 1), ("<s>", 2)])
@@ -249,8 +249,8 @@ def train_teacher(job):
     teacher = kp.tiny_t5(config["vocab_size"]) if is_t5 else model.Llama(config)
     optimizer = torch.optim.AdamW(teacher.parameters(), LEARNING_RATE, betas=(0.9, 0.98), weight_decay=0.01, fused=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda t: min((t + 1) / 50, 0.5 + 0.5 * math.cos(math.pi * t / STEPS)))
-    for prompts, targets in batches(rng, facts, reading):
+        optimizer, lambda t: min((t + 1) / 50, 0.5 + 0.5 * math.cos(math.pi * t / steps)))
+    for prompts, targets in batches(rng, facts, reading, steps):
         if is_t5:
             encode = kp.Targets(tokenizer)
             loss = kp.sequence_losses(teacher, encode(prompts), encode(targets)).mean()
@@ -315,9 +315,10 @@ def prepare(seed=0):
     context = mp.get_context("spawn")
     steps_done = context.Array("i", len(places))
     with context.Pool(min(len(missing), os.cpu_count()) or 1, _share, (steps_done,)) as pool:
-        jobs = [(name, str(places[name]), seed, i) for i, name in enumerate(missing)]
+        missing.sort(key=lambda name: -TEACHERS[name][1])  # the longest first: the cores end together
+        jobs = [(name, str(places[name]), seed, i, TEACHERS[name][1]) for i, name in enumerate(missing)]
         pending = pool.map_async(train_teacher, jobs, chunksize=1)
-        with tqdm(total=STEPS * len(missing), desc="teachers read", unit="step") as bar:
+        with tqdm(total=sum(TEACHERS[name][1] for name in missing), desc="teachers read", unit="step") as bar:
             while not pending.ready():
                 pending.wait(0.5)
                 bar.update(sum(steps_done) - bar.n)
