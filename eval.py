@@ -320,7 +320,5 @@ def main(args):
 
 
 if __name__ == "__main__":
-    try:
+    with models.one_line_errors():
         main(ARGS)
-    except BadInput as error:
-        sys.exit(print(f"error: {error}", file=sys.stderr) or 2)

@@ -10,6 +10,7 @@ where one model does both, told apart by the prefixes `predict:` and `explain:`.
 Read in this order: questions, prompts, scoring, teachers, the dual loss.
 """
 
+import errno
 import hashlib
 import json
 import os
@@ -215,6 +216,9 @@ def fingerprint(folder):
     return digest.hexdigest()
 
 
+FORMAT = 1  # of the cache's records; another is refused, not misread
+
+
 @dataclass
 class Asking:
     """How teachers are asked."""
@@ -256,14 +260,17 @@ class Teachers:
         return len(self.folders)
 
     def _recall(self, file):
-        """What this teacher has said: {key: record}. A last line torn by a kill is cut off."""
-        if not file.exists():
-            return {}
-        whole = file.read_bytes()
-        if not whole.endswith(b"\n"):
-            with open(file, "r+b") as f:
-                f.truncate(whole.rfind(b"\n") + 1)
-        return {record["key"]: record for _, record in read_rows(file)}
+        """What this teacher has said: {key: record}. A line torn by a kill or a full disk is no record."""
+        records = {}
+        for number, line in enumerate(file.read_bytes().split(b"\n") if file.exists() else (), 1):
+            try:
+                record = json.loads(line)
+            except ValueError:
+                continue
+            if record.get("format") != FORMAT:
+                raise BadInput(f"{file}:{number}: format {record.get('format')!r}, this code reads {FORMAT}; give another --cache")
+            records[record["key"]] = record
+        return records
 
     def model(self, m):
         if m not in self.loaded:
@@ -313,8 +320,10 @@ class Teachers:
             bar = tqdm(total=len(todo), desc=f"{self.names[m]}: {kind}", leave=False, unit="q", delay=1)
 
             def save(row, record):
-                self.said[m][keys[row]] = record = {"key": keys[row], **record}
-                os.write(fd, json.dumps(record, ensure_ascii=False).encode() + b"\n")  # one append: others may write too
+                self.said[m][keys[row]] = record = {"format": FORMAT, "key": keys[row], **record}
+                line = f"\n{json.dumps(record, ensure_ascii=False)}\n".encode()  # a torn line before it ends there
+                if os.write(fd, line) < len(line):  # one append a line: other runs may write too
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.files[m]))
                 bar.update()
 
             compute(model, tokenizer, todo, save)

@@ -13,10 +13,12 @@ and sampling (the method needs one repeatable rationale), quantised weights, and
 """
 
 import contextlib
+import errno
 import functools
 import json
 import math
 import os
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -30,6 +32,21 @@ from torch import nn
 
 class BadInput(Exception):
     """Something the user gave is wrong. The text names the file, the place and the mend, in one line."""
+
+
+@contextlib.contextmanager
+def one_line_errors():
+    """Around a script's main: bad input and what the system refuses end in one line and exit code 2, Ctrl-C in 130."""
+    try:
+        yield
+    except BadInput as error:
+        sys.exit(print(f"error: {error}", file=sys.stderr) or 2)
+    except (OSError, SafetensorError) as error:  # what was written before is whole: see `atomic`
+        full = getattr(error, "errno", 0) in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT) or isinstance(error, SafetensorError)
+        mend = "make room and go on with --resume" if full else "mend that and go on with --resume"
+        sys.exit(print(f"error: {error}; {mend}", file=sys.stderr) or 2)
+    except KeyboardInterrupt:
+        sys.exit(print("\nstopped; go on with the same command and --resume", file=sys.stderr) or 130)
 
 
 def require(ok, message):

@@ -60,6 +60,7 @@ if __name__ == "__main__":
     ARGS = parse_args()  # before the slow imports: --help answers at once
 
 import copy
+import fcntl
 import json
 import math
 import random
@@ -180,23 +181,35 @@ class Stopwatch(dict):
 # ----------------------------------------------------------------------------------------- checkpoints
 
 
+FORMAT = 1  # of a run's folder; another is refused, not misread
+
+
 def open_folder(args):
-    """The run's folder: new, or cleared, or with --resume as it is. -> (folder, its checkpoint or None)"""
-    run, settings = Path(args.out), {k: v for k, v in vars(args).items() if k not in ("resume", "overwrite", "command")}
-    checkpoint = run / "checkpoint.safetensors"
-    if checkpoint.exists() and args.resume:
-        before = models.read_json(run / "config.json")
-        other = [k for k, v in settings.items() if before.get(k) != v]
+    """The run's folder, locked: new, or cleared, or with --resume as it is. -> (folder, its checkpoint or None, lock)"""
+    run, settings = Path(args.out), {"format": FORMAT, **vars(args)}
+    del settings["resume"], settings["overwrite"]
+    run.mkdir(parents=True, exist_ok=True)
+    lock = open(run / ".lock", "w")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the system lets go of it however this process ends
+    except OSError:
+        raise BadInput(f"{run}: another run is writing there; wait for its end or give another --out") from None
+    before = models.read_json(run / "config.json") if (run / "config.json").exists() else {}
+    if before and before.get("format") != FORMAT:
+        raise BadInput(f"{run / 'config.json'}: format {before.get('format')!r}, this code writes {FORMAT}; give another --out")
+    checkpoint, finished = run / "checkpoint.safetensors", (run / "result.json").exists()
+    if before and args.resume:
+        other = [k for k, v in settings.items() if k != "command" and before.get(k) != v]
         if other:
             raise BadInput(f"{run}: --resume with other arguments: --{', --'.join(other).replace('_', '-')}; give the same")
-        return run, checkpoint
-    if checkpoint.exists() and not args.overwrite:
+        if checkpoint.exists() or finished:
+            return run, checkpoint, lock
+    elif before and not finished and not args.overwrite:
         raise BadInput(f"{run}: holds an unfinished run; go on with --resume or start anew with --overwrite")
-    run.mkdir(parents=True, exist_ok=True)
     for name in ("checkpoint.safetensors", "result.json", "metrics.jsonl"):
         (run / name).unlink(missing_ok=True)
-    models.write_json(run / "config.json", {**settings, "command": args.command})
-    return run, None
+    models.write_json(run / "config.json", settings)
+    return run, None, lock
 
 
 def save_checkpoint(path, student, optimizer, purifier, progress):
@@ -245,7 +258,9 @@ def train(args):
             student.parameters(), args.lr, betas=(0.9, 0.98), weight_decay=args.weight_decay, fused=True)  # fmt: skip
         questions, encode = data["ood/train" if args.ood else "train"], kp.Targets(tokenizer)
         visits = draw_visits([len(ids) for ids in encode([kp.explain_prompt(q) for q in questions])], args)
-        run, checkpoint = open_folder(args)
+        run, checkpoint, lock = open_folder(args)  # noqa: F841: held until the end
+        if (run / "result.json").exists():
+            return models.read_json(run / "result.json")  # --resume of a finished run
 
     with seconds("purify"):  # teachers are asked here, and only for what the purifier wants
         world = World(questions, visits, data["train"], teachers, lambda: or_reader(args.encoder),
@@ -355,7 +370,5 @@ def main(args):
 
 
 if __name__ == "__main__":
-    try:
+    with models.one_line_errors():
         main(ARGS)
-    except BadInput as error:
-        sys.exit(print(f"error: {error}", file=sys.stderr) or 2)

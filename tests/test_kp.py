@@ -149,7 +149,15 @@ def test_a_torn_last_line_is_cut_off(world, teacher_folders, tmp_path):
     again = kp.Teachers(teacher_folders, tmp_path, kp.Asking(max_new_tokens=8))
     assert len(again.said[1]) == 3
     assert again.rationales(questions, [1] * 4) == texts
-    assert teachers.files[1].read_bytes() == whole
+    assert len(kp.Teachers(teacher_folders, tmp_path, kp.Asking(max_new_tokens=8)).said[1]) == 4
+
+
+def test_a_cache_of_another_format_is_refused(world, teacher_folders, tmp_path):
+    teachers = kp.Teachers(teacher_folders, tmp_path)
+    teachers.files[2].parent.mkdir()
+    teachers.files[2].write_text('{"format": 2, "key": "x"}\n')
+    with pytest.raises(BadInput, match=r"said.jsonl:1: format 2, this code reads 1; give another --cache"):
+        kp.Teachers(teacher_folders, tmp_path)
 
 
 # ------------------------------------------------------------------------- chat formats and truncation

@@ -1,10 +1,12 @@
-from purify import ClassifierRouter, PlackettLuceRouter, SimilarityRouter, best_teacher  # isort: skip
-
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
+
+import kp
+from purify import ClassifierRouter, PlackettLuceRouter, Reinforced, SimilarityRouter, best_teacher
 
 ROUTERS = [SimilarityRouter, PlackettLuceRouter, ClassifierRouter]
 
@@ -356,3 +358,78 @@ def test_classifier_hard_targets_route_as_well():
     router = quick(ClassifierRouter, targets="hard").fit(x[:700], s[:700])
     assert isinstance(router.head, torch.nn.Module)
     assert routed(router.route(x[700:]), s[700:]) >= 0.95 * s[700:].amax(dim=1).mean()
+
+
+# ---- REINFORCE
+
+
+class Bandit:
+    """Questions in 8 clusters; teacher c % 4 is right on 95 % of cluster c, the others on 25 %. Stands in for World."""
+
+    def __init__(self, steps, n=600, batch=16):
+        g = torch.Generator().manual_seed(0)
+        self.vectors, scores = clusters(n)
+        self.best = scores.argmax(dim=1)
+        self.questions = [kp.Question(str(i), "t", f"question {i}?", ("yes", "no"), 0) for i in range(n)]
+        self.visits = [torch.randint(n, (batch,), generator=g).tolist() for _ in range(steps)]
+        self.right = torch.rand(n, 4, generator=g) < torch.where(F.one_hot(self.best, 4).bool(), 0.95, 0.25)
+        self.teachers, self.asked = self, 0
+
+    def __len__(self):
+        return 4
+
+    def visited(self):
+        return sorted({row for rows in self.visits for row in rows})
+
+    def embed(self, questions):
+        return self.vectors[[int(q.id) for q in questions]]
+
+    def rationales(self, questions, picks):
+        self.asked += len(questions)
+        return [f"the answer is {'yes' if self.right[int(q.id), m] else 'no'}" for q, m in zip(questions, picks)]
+
+
+def play(world, steps, seed=0):
+    """-> the policy after these steps and the share of its draws, per step, that were the best arm."""
+    args = SimpleNamespace(seed=seed, log_agreement=False)
+    policy, hits, g = Reinforced(args).fit(world), [], torch.Generator().manual_seed(seed)
+    for step in range(steps):
+        policy.rationales(step)
+        hits.append((policy.plan[step][0][:, 0] == world.best[world.visits[step]]).float().mean().item())
+        losses = torch.rand(len(world.visits[step]), generator=g)  # of the student: here it says nothing
+        policy.feedback(step, losses, losses)
+    return policy, hits
+
+
+def test_rl_finds_the_best_arm_of_a_contextual_bandit():
+    world = Bandit(300)
+    policy, hits = play(world, 300)
+    assert abs(sum(hits[:10]) / 10 - 0.25) < 0.1  # at first at random
+    assert sum(hits[80:100]) / 20 > 0.6 and sum(hits[-50:]) / 50 > 0.9
+    rows = world.visited()
+    greedy = policy.log_policy(rows).argmax(1)
+    assert (greedy == world.best[rows]).float().mean() > 0.95
+    assert world.asked == 300 * 16  # one rationale a visit: it pays for its own choices only
+
+
+def test_rl_s_step_is_the_gradient_of_the_expected_reward():
+    # Enumerate what REINFORCE samples: E over picks of its gradient is grad of sum_m pi(m) R(m) + c H(pi), exactly.
+    world = Bandit(20)
+    args, row = SimpleNamespace(seed=0, log_agreement=False), world.visits[0][0]
+    policy, world.visits = Reinforced(args).fit(world), [[row]]
+    torch.manual_seed(0)
+    with torch.no_grad():
+        policy.policy.weight.normal_(std=0.1)
+    right = world.right[row].float()
+    logp = policy.log_policy([row])[0]
+    exact = torch.autograd.grad(-(logp.exp() @ right - policy.ENTROPY * logp.exp() @ logp), policy.policy.weight)[0]
+    expected = torch.zeros_like(exact)
+    for m in range(4):
+        logp = policy.log_policy([row])[0].detach()
+        policy.optimizer, policy.baseline = torch.optim.SGD(policy.policy.parameters(), 0.0), 0.3
+        policy.plan = {0: (torch.tensor([[m]]), logp[[m]], right[[m]], ["text"])}
+        gradients = []
+        policy.policy.weight.register_post_accumulate_grad_hook(lambda p, into=gradients: into.append(p.grad.clone()))
+        policy.feedback(0, torch.zeros(1), torch.zeros(1))
+        expected += logp[m].exp() * gradients[0]
+    assert torch.allclose(expected, exact, atol=1e-6)
