@@ -169,6 +169,16 @@ def spread(values, digits=1, scale=100):
     return f"{statistics.mean(values):.{digits}f}" + (f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else "")
 
 
+T95 = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36, 9: 2.31, 10: 2.26}  # Student's t, by seeds
+
+
+def difference(a, b):
+    """Points of mean accuracy by which runs `a` lie above runs `b`, seed by seed, with the 95 % interval of the mean."""
+    gaps = [100 * (x["accuracy"]["mean"] - y["accuracy"]["mean"]) for x, y in zip(a, b)]
+    interval = f" ± {T95.get(len(gaps), 1.96) * statistics.stdev(gaps) / len(gaps) ** 0.5:.1f}" if len(gaps) > 1 else ""
+    return f"{statistics.mean(gaps):+.1f}{interval}"
+
+
 def total(result, *kinds):
     """Tokens of these kinds in the run's ledger."""
     return sum(n for kind, n in result["ledger"].items() if any(kind.endswith(k) for k in kinds))
@@ -208,6 +218,11 @@ def table(args):
             jobs[name] = ["--purifier", name]
     results = run_all(args, jobs)
     publish(args, "table", *result_rows(results), results)
+    singles = [runs for label, runs in results.items() if label.startswith("single-")]
+    best = max(singles, key=lambda runs: statistics.mean(r["valid"]["mean"] for r in runs))  # by valid, not by test
+    against = {"TinyLLM": results["none"], "random": results["random"], "best single": best}
+    rows = [[label, *(difference(runs, other) for other in against.values())] for label, runs in results.items()]
+    publish(args, "differences", ["points above", *against], rows, rows)
     return results
 
 

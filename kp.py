@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from tokenizers import Tokenizer
 from tokenizers.decoders import ByteLevel as ByteLevelDecoder
@@ -232,6 +233,11 @@ class Asking:
     seed: int = 0  # draws the examples
 
 
+def rank_and_ranks():
+    """This process's number and how many there are: (0, 1) but under torchrun."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
 class Teachers:
     """M checkpoint folders, asked one after the other; what they said is kept, and paid for once.
 
@@ -312,7 +318,9 @@ class Teachers:
     def _answers(self, m, kind, prompts, extras, compute):
         """Records for these prompts; `compute(model, tokenizer, rows, save)` makes the ones not said before."""
         keys = [hashlib.sha256(json.dumps([kind, p, e]).encode()).hexdigest()[:32] for p, e in zip(prompts, extras)]
-        todo = list({key: row for row, key in enumerate(keys) if key not in self.said[m]}.values())
+        rank, ranks = rank_and_ranks()  # under torchrun each rank does its share, and learns the others' from the cache
+        todo = {key: row for row, key in enumerate(keys) if key not in self.said[m] and int(key, 16) % ranks == rank}
+        todo = list(todo.values())
         if todo:
             model, tokenizer = self.model(m)
             self.files[m].parent.mkdir(parents=True, exist_ok=True)
@@ -329,6 +337,9 @@ class Teachers:
             compute(model, tokenizer, todo, save)
             os.close(fd)
             bar.close()
+        if ranks > 1:
+            dist.barrier()
+            self.said[m] = self._recall(self.files[m])
         records = [self.said[m][key] for key in keys]
         for key, record in zip(keys, records):
             if (m, key) not in self.counted:

@@ -37,14 +37,15 @@ class BadInput(Exception):
 @contextlib.contextmanager
 def one_line_errors():
     """Around a script's main: bad input and what the system refuses end in one line and exit code 2, Ctrl-C in 130."""
+    who = f"rank {rank}: " if (rank := os.environ.get("RANK", "0")) != "0" else ""
     try:
         yield
     except BadInput as error:
-        sys.exit(print(f"error: {error}", file=sys.stderr) or 2)
+        sys.exit(print(f"{who}error: {error}", file=sys.stderr) or 2)
     except (OSError, SafetensorError) as error:  # what was written before is whole: see `atomic`
         full = getattr(error, "errno", 0) in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT) or isinstance(error, SafetensorError)
         mend = "make room and go on with --resume" if full else "mend that and go on with --resume"
-        sys.exit(print(f"error: {error}; {mend}", file=sys.stderr) or 2)
+        sys.exit(print(f"{who}error: {error}; {mend}", file=sys.stderr) or 2)
     except KeyboardInterrupt:
         sys.exit(print("\nstopped; go on with the same command and --resume", file=sys.stderr) or 130)
 
@@ -645,6 +646,7 @@ def weight_files(path):
 def read_weights(path, model, device, dtype):
     """{name: tensor} of all that `model` wants; dtype None: that of the first tensor."""
     wanted, found = model.state_dict(), {}
+    device = f"cuda:{torch.cuda.current_device()}" if str(device) == "cuda" else device  # torchrun: each rank its own
     for file in weight_files(path):
         try:
             with safe_open(file, "pt", device=str(device)) as f:

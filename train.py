@@ -3,12 +3,14 @@
     python train.py --purifier router                 # the micro world, from nothing, in minutes
     python train.py --purifier none                   # TinyLLM: all teachers' rationales, nothing purified
     python train.py --purifier router --data DIR --teachers DIR DIR DIR --student DIR      # your own
+    torchrun --nproc_per_node=8 train.py ...                                               # on several GPUs
 
 Reads top to bottom: arguments, the parts, the loop, the closing table. Writes out/RUN/: config.json (every
 argument), metrics.jsonl (a line a step), result.json, and the student as a checkpoint folder, student/.
 """
 
 import argparse
+import os
 import sys
 
 
@@ -43,7 +45,7 @@ def parse_args(argv=None):
     add("--lam", type=float, default=1.0, metavar="X", help="weight of the rationale loss, lambda")
     add("--alpha", type=float, metavar="X", help="weight of each rationale, alpha_m (default: lambda / their number)")
     add("--steps", type=int, default=600, metavar="N", help="optimiser steps")
-    add("--batch-size", type=int, default=16, metavar="N", help="questions per step")
+    add("--batch-size", type=int, default=16, metavar="N", help="questions per step (and process, under torchrun)")
     add("--lr", type=float, metavar="X", help="peak learning rate (default: 3e-3 for tiny, else 3e-4)")
     add("--weight-decay", type=float, default=0.01, metavar="X", help="of AdamW")
     add("--warmup", type=int, default=50, metavar="N", help="steps of linear warm-up, then cosine decay to zero")
@@ -58,6 +60,8 @@ def parse_args(argv=None):
 
 if __name__ == "__main__":
     ARGS = parse_args()  # before the slow imports: --help answers at once
+    if os.environ.get("RANK", "0") != "0":
+        os.environ["TQDM_DISABLE"] = "1"  # under torchrun only rank 0 shows bars
 
 import copy
 import fcntl
@@ -70,6 +74,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from safetensors import safe_open
 from safetensors.torch import save_file
 from tqdm import tqdm
@@ -152,7 +157,7 @@ def draw_visits(lengths, args, block=8):
 
     Each `block` of batches is sorted by the questions' lengths: 5 % of the tokens are padding instead of 19 %.
     """
-    order, visits, size = [], [], args.batch_size
+    order, visits, size = [], [], args.batch_size * kp.rank_and_ranks()[1]
     for epoch in range(-(-args.steps * size // len(lengths))):
         order += random.Random(f"{args.seed} {epoch}").sample(range(len(lengths)), len(lengths))
     for start in range(0, args.steps * size, block * size):
@@ -176,6 +181,38 @@ class Stopwatch(dict):
         start = time.perf_counter()
         yield
         self[stage] = self.get(stage, 0.0) + time.perf_counter() - start
+
+
+# ------------------------------------------------------------------------------- ranks, under torchrun
+
+
+def join_ranks(args):
+    """Under torchrun: one process a GPU (nccl), or on CPUs (gloo). -> (rank, ranks), (0, 1) without it."""
+    if "RANK" in os.environ and not dist.is_initialized():
+        if args.device == "cuda":
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        dist.init_process_group("nccl" if args.device == "cuda" else "gloo")
+    return kp.rank_and_ranks()
+
+
+@contextmanager
+def rank_0_first():
+    """Rank 0 goes through the block before the others: it makes what they only read."""
+    rank, ranks = kp.rank_and_ranks()
+    if rank:
+        dist.barrier()
+    yield
+    if ranks > 1 and not rank:
+        dist.barrier()
+
+
+def over_ranks(x):
+    """(n,) of each rank -> (n * ranks,) in the order of the whole batch, of which rank r has rows r, r + ranks, ..."""
+    _, ranks = kp.rank_and_ranks()
+    parts = [torch.empty_like(x) for _ in range(ranks)]
+    if ranks > 1:
+        dist.all_gather(parts, x.contiguous())
+    return torch.stack(parts, 1).flatten() if ranks > 1 else x
 
 
 # ----------------------------------------------------------------------------------------- checkpoints
@@ -241,9 +278,10 @@ def load_checkpoint(path, student, optimizer, purifier):
 
 
 def train(args):
-    seconds = Stopwatch()
+    (rank, ranks), seconds = join_ranks(args), Stopwatch()
     with seconds("set up"):
-        data, teacher_folders, t5 = read_world(args)
+        with rank_0_first():
+            data, teacher_folders, t5 = read_world(args)
 
         def reader():  # embeds, aggregates, scores: the T5 teacher, or where there is none the student as it starts
             return models.load(t5, args.device) if t5 else (copy.deepcopy(student).eval(), tokenizer)
@@ -258,7 +296,10 @@ def train(args):
             student.parameters(), args.lr, betas=(0.9, 0.98), weight_decay=args.weight_decay, fused=True)  # fmt: skip
         questions, encode = data["ood/train" if args.ood else "train"], kp.Targets(tokenizer)
         visits = draw_visits([len(ids) for ids in encode([kp.explain_prompt(q) for q in questions])], args)
-        run, checkpoint, lock = open_folder(args)  # noqa: F841: held until the end
+        with rank_0_first():
+            run, checkpoint, lock = open_folder(args) if rank == 0 else (Path(args.out), None, None)  # noqa: F841: held
+            if rank and (run / "checkpoint.safetensors").exists():
+                checkpoint = run / "checkpoint.safetensors"
         if (run / "result.json").exists():
             return models.read_json(run / "result.json")  # --resume of a finished run
 
@@ -273,9 +314,14 @@ def train(args):
         seconds.update(done.pop("seconds"))
         teachers.ledger = type(teachers.ledger)(done.pop("ledger"))
         teachers.counted |= {tuple(key) for key in done.pop("counted")}
-        kept = (run / "metrics.jsonl").read_bytes().splitlines(keepends=True)[: done["lines"]]
-        with models.atomic(run / "metrics.jsonl") as temporary:
-            temporary.write_bytes(b"".join(kept))
+        if rank == 0:
+            kept = (run / "metrics.jsonl").read_bytes().splitlines(keepends=True)[: done["lines"]]
+            with models.atomic(run / "metrics.jsonl") as temporary:
+                temporary.write_bytes(b"".join(kept))
+    net = student
+    if ranks > 1:
+        net = torch.nn.parallel.DistributedDataParallel(student)
+        net.config = student.config
 
     def keep(step):
         flush()
@@ -283,13 +329,14 @@ def train(args):
         save_checkpoint(run / "checkpoint.safetensors", student, optimizer, purifier, progress)
 
     pending, stopped, valid = [], [], None
-    metrics = open(run / "metrics.jsonl", "a", encoding="utf-8")
+    metrics = open(run / "metrics.jsonl" if rank == 0 else os.devnull, "a", encoding="utf-8")
 
     def flush():  # the only place where the loop waits for the device
         for line in pending:
             metrics.write(json.dumps({k: float(v) if torch.is_tensor(v) else v for k, v in line.items()}) + "\n")
             if not math.isfinite(line.get("loss", 0.0)) or not math.isfinite(line.get("norm", 0.0)):
                 raise BadInput(f"{run}: step {line['step']} of {args.purifier}: the loss or its gradient is not finite; lower --lr")
+            done["student_tokens"] += int(line.get("tokens", 0))
         done["lines"] += len(pending)
         pending.clear()
         metrics.flush()
@@ -303,32 +350,36 @@ def train(args):
             torch.manual_seed(args.seed * 1_000_003 + step)  # dropout depends on (seed, step) alone
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(step, args)
-            batch, rationales = [questions[row] for row in visits[step]], purifier.rationales(step)
+            rationales = purifier.rationales(step)
+            batch, texts = [questions[row] for row in visits[step]][rank::ranks], rationales[rank::ranks]
             with torch.autocast(args.device, torch.bfloat16, enabled=args.dtype == "bfloat16"):
-                loss, answer_losses, rationale_losses, n_tokens = kp.dual_loss(
-                    student, encode, batch, rationales, args.lam, args.alpha)  # fmt: skip
+                loss, answer_losses, rationale_losses, n_tokens = kp.dual_loss(net, encode, batch, texts, args.lam, args.alpha)
             loss.backward()
             norm = torch.nn.utils.clip_grad_norm_(student.parameters(), args.clip)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
+            answer_losses, rationale_losses = over_ranks(answer_losses), over_ranks(rationale_losses)
             noted = purifier.feedback(step, answer_losses, rationale_losses)
-            done["student_tokens"] += n_tokens
             done["given"].update((str(row), texts) for row, texts in zip(visits[step], rationales))
             explained = rationale_losses.mean() if len(rationale_losses) else 0.0
-            pending.append(dict(step=step, loss=loss.detach(), answer=answer_losses.mean(), rationale=explained, norm=norm,
-                                lr=learning_rate(step, args), tokens=n_tokens, **noted))  # fmt: skip
+            pending.append(dict(step=step, loss=over_ranks(loss.detach()[None]).mean(), answer=answer_losses.mean(),
+                                rationale=explained, norm=norm, lr=learning_rate(step, args),
+                                tokens=over_ranks(loss.new_tensor([n_tokens])).sum(), **noted))  # fmt: skip
             if step % 20 == 19:
                 flush()
                 bar.set_postfix_str(f"loss {loss.item():.3f}" + (f", valid {valid['mean']:.3f}" if valid else ""))
-        if (step + 1) % args.eval_every == 0 and step + 1 < args.steps:
+        if rank == 0 and (step + 1) % args.eval_every == 0 and step + 1 < args.steps:
             with seconds("evaluate"):
                 valid = kp.accuracy(student, tokenizer, data["ood/valid" if args.ood and "ood/valid" in data else "valid"])
                 pending.append({"step": step, "valid": valid})
             keep(step + 1)
-        if stopped:
-            keep(step + 1)
-            print(f"\nstopped after step {step + 1} and saved; go on with the same command and --resume", file=sys.stderr)
-            sys.exit(128 + stopped[0])
+        if stopped if ranks == 1 else step % 20 == 19 and over_ranks(loss.new_tensor([len(stopped)])).any():
+            if rank == 0:
+                keep(step + 1)
+                print(f"\nstopped after step {step + 1} and saved; go on with the same command and --resume", file=sys.stderr)
+            sys.exit(128 + (stopped or [signal.SIGTERM])[0])
+    if rank:
+        return None
 
     with seconds("evaluate"):
         splits = {name: kp.accuracy(student, tokenizer, data[name]) for name in ("valid", "test", "ood/test") if name in data}
@@ -365,7 +416,14 @@ def show(result):
 
 def main(args):
     check(args)
-    show(train(args))
+    result = train(args)
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    if result is None:  # a rank other than 0
+        return
+    show(result)
+    if args.data and args.student == "tiny":
+        print("  note: a tiny student starts from nothing, near chance on real text; take --student DIR, say of flan-t5-small")
     print(f"  saved in {args.out}; look closer with: python eval.py {args.out} --show 5")
 
 

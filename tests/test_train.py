@@ -1,4 +1,5 @@
 import json
+import os
 import random
 import shutil
 import subprocess
@@ -115,6 +116,36 @@ def test_a_killed_run_goes_on_as_if_it_had_not_been_killed(world, teacher_folder
         assert (killed / name).read_bytes() == (whole / name).read_bytes()
     a, b = (json.loads((folder / "result.json").read_text()) for folder in (killed, whole))
     assert a.pop("seconds").keys() == b.pop("seconds").keys() and a == b
+
+
+@pytest.mark.parametrize("purifier", ["none", "rl"])
+def test_two_ranks_train_as_one_with_twice_the_batch(world, teacher_folders, tmp_path, purifier):
+    given = ["--data", str(world), "--teachers", *map(str, teacher_folders), "--shots", "0", *PARTS, "--purifier", purifier]
+    one = run(world, teacher_folders, tmp_path, "--purifier", purifier, "--batch-size", "8", name="one")
+    command = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(ROOT / "train.py"), *given]
+    out = subprocess.run(
+        [sys.executable, *command, "--cache", str(tmp_path / "cache-two"), "--out", str(tmp_path / "two")],
+        capture_output=True, text=True, timeout=200, env=os.environ | {"OMP_NUM_THREADS": "1"})  # fmt: skip
+    assert out.returncode == 0, out.stderr
+    a, b = ([json.loads(x) for x in (f / "metrics.jsonl").read_text().splitlines()] for f in (one, tmp_path / "two"))
+    assert len(a) == len(b) == 8
+    for x, y in zip(a, b):
+        assert x.keys() == y.keys()
+        for key in {"loss", "answer", "rationale", "norm", "tokens", "reward", "right"} & x.keys():
+            assert y[key] == pytest.approx(x[key], rel=1e-3, abs=1e-4), key
+    r, s = (json.loads((f / "result.json").read_text()) for f in (one, tmp_path / "two"))
+    assert r["ledger"] == s["ledger"] and r["student_tokens"] == s["student_tokens"]
+    said = [sorted(path.read_text().count('"key"') for path in (tmp_path / name).rglob("said.jsonl")) for name in ("cache", "cache-two")]
+    assert said[0] == said[1]  # nothing was written twice
+
+
+def test_a_failing_rank_ends_the_run_with_one_line(world, teacher_folders, tmp_path):
+    given = ["--data", str(world), "--teachers", *map(str, teacher_folders), *PARTS, "--out", str(tmp_path / "run")]
+    out = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(ROOT / "train.py"),
+         *given, "--purifier", "magic"], capture_output=True, text=True, timeout=100)  # fmt: skip
+    assert out.returncode != 0 and "error: --purifier magic: unknown" in out.stderr
+    assert not (tmp_path / "run").exists()
 
 
 def test_the_readme_s_sixth_purifier_works(world, teacher_folders, tmp_path, monkeypatch):
