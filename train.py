@@ -374,9 +374,10 @@ def train(args):
                 pending.append({"step": step, "valid": valid})
             keep(step + 1)
         if stopped if ranks == 1 else step % 20 == 19 and over_ranks(loss.new_tensor([len(stopped)])).any():
+            bar.close()
             if rank == 0:
                 keep(step + 1)
-                print(f"\nstopped after step {step + 1} and saved; go on with the same command and --resume", file=sys.stderr)
+                print(f"stopped after step {step + 1} and saved; go on with the same command and --resume", file=sys.stderr)
             sys.exit(128 + (stopped or [signal.SIGTERM])[0])
     if rank:
         return None

@@ -1,0 +1,294 @@
+"""What a run survives: kills at any moment, full disks, two runs at once, bad files. Starts the commands as a user would.
+
+    python -m pytest tests/test_faults.py                 # a dozen kills
+    python tests/test_faults.py --long                    # the soak: 100 kills
+"""
+
+import json
+import math
+import os
+import random
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, make_world
+from safetensors.torch import load_file, save_file
+
+import model
+import train
+
+SHORT = ["--steps", "12", "--batch-size", "2", "--eval-every", "2", "--max-new-tokens", "16", "--fit-questions", "16"]
+
+
+def start(*arguments, **options):
+    return subprocess.Popen(
+        [sys.executable, str(ROOT / "train.py"), *map(str, arguments)], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, **options)  # fmt: skip
+
+
+def given(world, folder, *arguments):
+    teachers = sorted((world / "teachers").iterdir())
+    return ["--data", world, "--teachers", *teachers, "--shots", 0, *SHORT, "--cache", folder / "cache", "--out", folder / "run",
+            *arguments]  # fmt: skip
+
+
+def finish(*arguments, **options):
+    process = start(*arguments, **options)
+    out, error = process.communicate(timeout=120)
+    return process.returncode, out, error
+
+
+def outcome(folder):
+    """What must not depend on kills: the student's weights, every step's losses, what the student was given."""
+    run = folder / "run"
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    steps = [line["step"] for line in lines if "loss" in line]
+    assert steps == list(range(len(steps)))
+    return (run / "student" / "model.safetensors").read_bytes(), lines, (run / "purified.jsonl").read_text()
+
+
+def paid(folder):
+    """How many times teachers wrote something, and how many different things they wrote."""
+    keys = [json.loads(x)["key"] for f in (folder / "cache").rglob("said.jsonl") for x in f.read_text().split("\n") if x.endswith("}")]
+    return len(keys), len(set(keys))
+
+
+def kill_until_done(world, folder, purifier, seed, kills, longest):
+    """kill -9 at random moments, then --resume, `kills` times; then let it end."""
+    rng, done = random.Random(seed), 0
+    while done < kills:
+        process, wait = start(*given(world, folder, "--purifier", purifier, "--resume")), rng.uniform(0.1, longest)
+        try:
+            process.wait(wait)
+            assert process.returncode == 0, process.stderr.read()
+            shutil.rmtree(folder / "run")  # it was faster than the kill: once more from the start, teachers are paid for
+        except subprocess.TimeoutExpired:
+            process.kill()
+            done += 1
+        process.communicate()
+    code, _, error = finish(*given(world, folder, "--purifier", purifier, "--resume"))
+    assert code == 0, error
+
+
+@pytest.mark.parametrize("purifier, kills", [("rl", 7), ("router", 6)])
+def test_kills_at_random_moments_change_nothing(world, tmp_path, purifier, kills):
+    code, _, error = finish(*given(world, tmp_path / "whole", "--purifier", purifier))
+    assert code == 0, error
+    seed = random.randrange(10**6)
+    print(f"seed {seed}")  # shown if this fails
+    kill_until_done(world, tmp_path / "killed", purifier, seed, kills, longest=6)
+    assert outcome(tmp_path / "killed") == outcome(tmp_path / "whole")
+    assert paid(tmp_path / "killed")[1] == paid(tmp_path / "whole")[1]
+
+
+@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_saves_and_says_how_to_go_on(world, tmp_path, number, code):
+    arguments = given(world, tmp_path, "--purifier", "rl", "--steps", "400", "--eval-every", "200")
+    process = start(*arguments)
+    while not (tmp_path / "run" / "metrics.jsonl").exists() or not (tmp_path / "run" / "metrics.jsonl").stat().st_size:
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.05)
+    process.send_signal(number)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == code and "--resume" in error.strip().splitlines()[-1] and "Traceback" not in error
+    steps = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])["step"]
+    assert steps < 399 and (tmp_path / "run" / "checkpoint.safetensors").exists()
+    code, _, error = finish(*arguments)  # without --resume
+    assert code == 2 and "--resume" in error and "--overwrite" in error
+
+
+def test_a_full_disk_ends_in_one_line_and_can_be_gone_on_from(world, tmp_path):
+    code, _, error = finish(*given(world, tmp_path / "whole", "--purifier", "random"))
+    assert code == 0, error
+    full = lambda limit: lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))  # noqa: E731
+    for limit in (2000, 500_000):  # full while a teacher writes, full at the first checkpoint
+        code, _, error = finish(*given(world, tmp_path / "full", "--purifier", "random", "--resume"), preexec_fn=full(limit))
+        line = error.replace("\r", "\n").strip().splitlines()[-1]
+        assert code == 2 and line.startswith("error: ") and "make room" in line and "Traceback" not in error
+        assert not list((tmp_path / "full").rglob("*.tmp"))
+    assert finish(*given(world, tmp_path / "full", "--purifier", "random", "--resume"))[0] == 0
+    assert outcome(tmp_path / "full") == outcome(tmp_path / "whole")
+
+
+def test_two_runs_share_a_cache_but_not_a_folder(world, tmp_path):
+    a = start(*given(world, tmp_path, "--purifier", "none"))
+    b = start(*given(world, tmp_path, "--purifier", "none", "--out", tmp_path / "run-b"))
+    c = start(*given(world, tmp_path, "--purifier", "random", "--steps", 10**5, "--eval-every", 10**5, "--out", tmp_path / "run-c"))
+    for process in (a, b):
+        assert process.communicate(timeout=120) and process.returncode == 0
+    weights = [(tmp_path / name / "student" / "model.safetensors").read_bytes() for name in ("run", "run-b")]
+    assert weights[0] == weights[1]
+    code, _, error = finish(*given(world, tmp_path, "--out", tmp_path / "run-c", "--overwrite"))
+    assert code == 2 and "another run is writing there" in error and c.poll() is None
+    c.kill()
+    c.communicate()
+
+
+def test_a_killed_preparation_of_the_micro_world_goes_on(tmp_path):
+    """The world with teachers of few steps, in a folder of its own: killed twice, it ends as the one that was not."""
+    code = (
+        "import sys, pathlib; sys.path.insert(0, {root!r})\n"
+        "from data.micro import prepare\n"
+        "if __name__ == '__main__':\n"
+        "    prepare.HERE = pathlib.Path({here!r})\n"
+        "    prepare.SIZES = dict(train=8, valid=4, test=4)\n"
+        "    prepare.TEACHERS = {{n: (s, 8, c) for n, (s, _, c) in prepare.TEACHERS.items()}}\n"
+        "    prepare.prepare(3)\n"
+    )
+    files = []
+    for name, kills in (("whole", 0), ("killed", 2)):
+        here = tmp_path / name / "data" / "micro"
+        here.mkdir(parents=True)
+        for file in ("facts.tsv", "prepare.py"):
+            shutil.copy(ROOT / "data" / "micro" / file, here)
+        script = tmp_path / f"{name}.py"
+        script.write_text(code.format(root=str(ROOT), here=str(here)))
+        for i in range(kills):
+            process = subprocess.Popen([sys.executable, str(script)], stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL, start_new_session=True)
+            time.sleep(2.5 + 2 * i)
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+        subprocess.run([sys.executable, str(script)], check=True, capture_output=True, timeout=100)
+        (folder,) = here.glob("world-3-*")
+        files.append({p.relative_to(folder): p.read_bytes() for p in folder.rglob("*") if p.is_file() and "cache" not in p.parts})
+    assert files[0] == files[1] and len(files[0]) == 1 + 6 + 4 * 4
+
+
+# ------------------------------------------------------------------------------------------ bad files
+
+
+def spoil_json(path, **change):
+    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+
+
+def spoil_weights(folder, value=None, name="shared.weight"):
+    tensors = load_file(folder / "model.safetensors")
+    tensors[name] = torch.full_like(tensors[name], math.nan) if value is None else value
+    save_file(tensors, folder / "model.safetensors")
+
+
+def header_claims_more(folder):
+    whole = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes((2**40).to_bytes(8, "little") + whole[8:])
+
+
+def only_pickled(folder):
+    (folder / "model.safetensors").unlink()
+    torch.save({"shared.weight": torch.zeros(1)}, folder / "pytorch_model.bin")
+
+
+def sharded(weight_map):
+    def spoil(folder):
+        (folder / "model.safetensors").rename(folder / "part.safetensors")
+        (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+
+    return spoil
+
+
+T5 = [  # what is done to a copy of the T5 teacher -> what the line says
+    (lambda f: (f / "config.json").write_text("{"), "config.json: not readable as JSON"),
+    (lambda f: (f / "config.json").write_text("[]"), "model_type"),
+    (lambda f: spoil_json(f / "config.json", model_type="gpt2"), "gpt2"),
+    (lambda f: spoil_json(f / "config.json", d_model=10**9), "d_model must be"),
+    (lambda f: spoil_json(f / "config.json", num_heads=-1), "num_heads must be"),
+    (lambda f: spoil_json(f / "config.json", vocab_size=20), "vocab_size 20"),
+    (lambda f: (f / "tokenizer.json").write_text("no"), "tokenizer.json: not a tokenizer"),
+    (lambda f: (f / "tokenizer.json").unlink(), "tokenizer.json: no such file"),
+    (lambda f: (f / "model.safetensors").write_bytes((f / "model.safetensors").read_bytes()[:-100]), "not a whole safetensors"),
+    (header_claims_more, "not a whole safetensors"),
+    (spoil_weights, "shared.weight holds NaN"),
+    (lambda f: spoil_weights(f, torch.zeros(3, 3)), "shared.weight is (3, 3)"),
+    (lambda f: spoil_weights(f, torch.zeros(1), "extra"), "extra has no place"),
+    (only_pickled, "only pickled weights (pytorch_model.bin)"),
+    (sharded({"shared.weight": "../../etc/passwd"}), "which is not in the folder"),
+    (sharded({"shared.weight": "missing.safetensors"}), "which is not in the folder"),
+    (sharded({}), "has no weight_map"),
+]  # fmt: skip
+
+
+def tree(folder):
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def one_line(arguments, capsys):
+    """The line that the command ends with; in this process, for speed."""
+    with pytest.raises(SystemExit) as end, model.one_line_errors():
+        train.main(train.parse_args([*map(str, arguments)]))
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert end.value.code == 2 and line.startswith("error: ")
+    return line
+
+
+@pytest.mark.parametrize("spoil, says", T5, ids=[says for _, says in T5])
+def test_a_bad_student_is_refused_in_one_line(world, tmp_path, spoil, says, capsys):
+    shutil.copytree(world / "teachers" / "t5", tmp_path / "bad")
+    spoil(tmp_path / "bad")
+    before = tree(tmp_path)
+    line = one_line(given(world, tmp_path, "--purifier", "answers", "--student", tmp_path / "bad"), capsys)
+    assert says in line and str(tmp_path / "bad") in line and tree(tmp_path) == before
+
+
+DATA = [  # the last line of train.jsonl -> what the line says
+    (b"{", "not a line of JSON"),
+    (b'{"text": "\xff"}', "not a line of JSON"),
+    (b"null", "no question"),
+    (b'{"text": "Q?", "choices": ["a"], "answer": 0}', "choices must be"),
+    (b'{"text": "Q?", "choices": ["a", "b"], "answer": "c"}', "'c' is not among the 2 choices"),
+    (b'{"text": "Q?", "choices": ["a", "b"], "answer": 2}', "2 is not among the 2 choices"),
+    (b'{"text": "Q?", "choices": ["a", "b"]}', "None is not among the 2 choices"),
+]
+
+
+@pytest.mark.parametrize("last, says", DATA)
+def test_a_bad_question_is_refused_in_one_line(world, tmp_path, last, says, capsys):
+    shutil.copytree(world, tmp_path / "data", ignore=shutil.ignore_patterns("teachers"))
+    with open(tmp_path / "data" / "train.jsonl", "ab") as f:
+        f.write(last + b"\n")
+    before = tree(tmp_path)
+    line = one_line([*given(world, tmp_path), "--data", tmp_path / "data"], capsys)
+    assert says in line and "train.jsonl:97: " in line and tree(tmp_path) == before
+
+
+def test_control_characters_of_a_question_do_not_reach_the_terminal(world, tmp_path, capsys):
+    shutil.copytree(world, tmp_path / "data", ignore=shutil.ignore_patterns("teachers"))
+    row = {"text": "Q?", "choices": ["a", "b"], "answer": "\x1b[2J\x07"}
+    with open(tmp_path / "data" / "train.jsonl", "a") as f:
+        f.write(json.dumps(row) + "\n")
+    assert one_line([*given(world, tmp_path), "--data", tmp_path / "data"], capsys).isprintable()
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(world, tmp_path, capsys):
+    arguments = given(world, tmp_path, "--purifier", "answers", "--lr", "1e30", "--steps", "40", "--warmup", "1", "--eval-every", "20")
+    with pytest.raises(SystemExit), model.one_line_errors():
+        train.main(train.parse_args([*map(str, arguments)]))
+    line = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "step" in line and "answers" in line and "not finite" in line and not (tmp_path / "run" / "student").exists()
+
+
+def test_a_run_of_another_format_is_refused(world, tmp_path, capsys):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.json").write_text('{"format": 99}')
+    line = one_line(given(world, tmp_path, "--overwrite"), capsys)
+    assert "format 99, this code writes 1" in line
+
+
+if __name__ == "__main__":  # the soak
+    assert sys.argv[1:] == ["--long"], __doc__
+    import tempfile
+
+    with tempfile.TemporaryDirectory() as name:
+        folder, world = Path(name), make_world(Path(name) / "world")
+        for number, purifier in enumerate(("router", "rl", "none", "aggregate", "classifier")):
+            began = time.time()
+            assert finish(*given(world, folder / f"whole-{purifier}", "--purifier", purifier))[0] == 0
+            kill_until_done(world, folder / f"killed-{purifier}", purifier, number, 20, longest=8)
+            assert outcome(folder / f"killed-{purifier}") == outcome(folder / f"whole-{purifier}")
+            twice = paid(folder / f"killed-{purifier}")
+            print(f"{purifier}: 20 kills, same bits; {twice[0]} answers of teachers paid for, {twice[1]} different; {time.time() - began:.0f} s", flush=True)
