@@ -1,13 +1,12 @@
 """Transformers from scratch: T5, Llama (Llama-2, Llama-3.x, Mistral) and BERT, in plain PyTorch.
 
-Three architectures are all that knowledge purification needs: decoder-only and encoder-decoder teachers,
-an encoder-decoder student, and a sentence encoder for the routers. Attribute names are those of the Hugging
-Face checkpoints, so a state dict loads as it is. Read in this order: small parts, the key-value cache and greedy
-generation that decoders share, T5, Llama, Bert, then `load` and `save`.
+Knowledge purification needs decoder-only and encoder-decoder teachers, an encoder-decoder student, and a sentence encoder for
+the routers. Attributes have the names of the Hugging Face checkpoints, so a state dict loads as it is. In this order: small parts,
+the key-value cache and greedy generation that decoders share, T5, Llama, Bert, then `load` and `save`.
 
-References: T5 (1910.10683), GLU variants (2002.05202), LLaMA (2302.13971), Llama 3 (2407.21783),
-Mistral (2310.06825), RoPE (2104.09864), grouped queries (2305.13245), BERT (1810.04805). Left out: beam search
-and sampling (the method needs one repeatable rationale), quantised weights, and every model it does not name.
+References: T5 (1910.10683), GLU variants (2002.05202), LLaMA (2302.13971), Llama 3 (2407.21783), Mistral (2310.06825), RoPE
+(2104.09864), grouped queries (2305.13245), BERT (1810.04805). Left out: beam search and sampling (the method needs one repeatable
+rationale), quantised weights, and every model it does not name.
 
     python -c "import model; m, tok = model.load('PATH/TO/flan-t5-small'); print(m.config)"
 """
@@ -44,8 +43,8 @@ def one_line_errors():
         sys.exit(print(f"{who}error: {error}", file=sys.stderr) or 2)
     except (OSError, SafetensorError) as error:  # what was written before is whole: see `atomic`
         full = getattr(error, "errno", 0) in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT) or isinstance(error, SafetensorError)
-        mend = "make room and go on with --resume" if full else "mend that and go on with --resume"
-        sys.exit(print(f"{who}error: {error}; {mend}", file=sys.stderr) or 2)
+        mend = "make room" if full else "mend that"
+        sys.exit(print(f"{who}error: {error}; {mend} and go on with --resume", file=sys.stderr) or 2)
     except KeyboardInterrupt:
         sys.exit(print("\nstopped; go on with the same command and --resume", file=sys.stderr) or 130)
 
@@ -75,8 +74,7 @@ def checked(config, defaults):
 
 
 Linear = functools.partial(nn.Linear, bias=False)
-ACTIVATIONS = {"relu": F.relu, "gelu": F.gelu, "silu": F.silu}
-ACTIVATIONS["gelu_new"] = functools.partial(F.gelu, approximate="tanh")
+ACTIVATIONS = {"relu": F.relu, "gelu": F.gelu, "silu": F.silu, "gelu_new": functools.partial(F.gelu, approximate="tanh")}
 
 
 def tree(**parts):
@@ -176,17 +174,15 @@ def generate(model, input_ids, attention_mask, max_new_tokens):
 def relative_position_buckets(n_queries, n_keys, bidirectional, n_buckets, max_distance):
     """T5's buckets of key - query distance: exact when near, logarithmic when far. (n_queries, n_keys) int64."""
     distance = torch.arange(n_keys)[None] - torch.arange(n_queries)[:, None]
-    bucket = torch.zeros_like(distance)
-    if bidirectional:
+    if bidirectional:  # one half of the buckets for keys behind, the other for keys ahead
         n_buckets //= 2
-        bucket += (distance > 0) * n_buckets
-        distance = distance.abs()
+        first, distance = (distance > 0) * n_buckets, distance.abs()
     else:
-        distance = -distance.clamp(max=0)
+        first, distance = 0, -distance.clamp(max=0)
     exact = n_buckets // 2
     far = (distance.clamp(min=1).float() / exact).log() / math.log(max_distance / exact) * (n_buckets - exact)
     far = (exact + far.long()).clamp(max=n_buckets - 1)
-    return bucket + torch.where(distance < exact, distance, far)
+    return first + torch.where(distance < exact, distance, far)
 
 
 def additive(mask, dtype):
@@ -197,7 +193,7 @@ def additive(mask, dtype):
 class T5Block(nn.Module):
     """Self-attention, (in the decoder) cross-attention, feed-forward; each h + f(norm(h))."""
 
-    def __init__(self, c, is_decoder, has_bias):
+    def __init__(self, c, is_decoder):
         super().__init__()
         D, inner, self.n_heads, self.p = c.d_model, c.num_heads * c.d_kv, c.num_heads, c.dropout_rate
         gate, _, name = c.feed_forward_proj.rpartition("-")
@@ -207,12 +203,9 @@ class T5Block(nn.Module):
         self.act, w_in = ACTIVATIONS[name], ("wi_0", "wi_1") if gate else ("wi",)
         parts = {name: tree(q=Linear(D, inner), k=Linear(D, inner), v=Linear(D, inner), o=Linear(inner, D))
                  for name in ("SelfAttention", "EncDecAttention")[: 1 + is_decoder]}
-        if has_bias:  # only the first layer of a stack has one; all its layers use it
-            table = nn.Embedding(c.relative_attention_num_buckets, c.num_heads)
-            parts["SelfAttention"]["relative_attention_bias"] = table
         parts["DenseReluDense"] = tree(**{name: Linear(D, c.d_ff) for name in w_in}, wo=Linear(c.d_ff, D))
-        norms = (nn.RMSNorm(D, c.layer_norm_epsilon) for _ in parts)
-        self.layer = nn.ModuleList(tree(**{name: part, "layer_norm": next(norms)}) for name, part in parts.items())
+        norm = functools.partial(nn.RMSNorm, D, c.layer_norm_epsilon)
+        self.layer = nn.ModuleList(tree(**{name: part, "layer_norm": norm()}) for name, part in parts.items())
 
     def dropout(self, x):
         return F.dropout(x, self.p, self.training)
@@ -229,8 +222,8 @@ class T5Block(nn.Module):
             h = self.dropout((q @ k.mT).add_(bias).softmax(-1, dtype=torch.float32).to(q.dtype)) @ v
         return self.dropout(attention["o"](merge_heads(h)))
 
-    def forward(self, h, bias, cross=None, cross_bias=None, store=lambda k, v: (k, v)):
-        """h (B, T, D); cross: the encoder's keys and values; store(k, v) adds those of earlier steps."""
+    def forward(self, h, bias, cross, cross_bias, store):
+        """h (B, T, D); cross: the encoder's keys and values, or None; store(k, v) adds those of earlier steps."""
         attention, norm = self.layer[0].values()
         x = norm(h)
         h = h + self.attend(attention, x, store(*self.keys_values(attention, x)), bias)
@@ -245,11 +238,15 @@ class T5Block(nn.Module):
 
 
 class T5Stack(nn.Module):
+    """The encoder or the decoder, between the embedding and the head."""
+
     def __init__(self, c, is_decoder):
         super().__init__()
         n_layers = (c.num_decoder_layers or c.num_layers) if is_decoder else c.num_layers
-        self.block = nn.ModuleList(T5Block(c, is_decoder, has_bias=i == 0) for i in range(n_layers))
-        self.final_layer_norm = nn.RMSNorm(c.d_model, c.layer_norm_epsilon)
+        self.block = nn.ModuleList(T5Block(c, is_decoder) for _ in range(n_layers))
+        table = nn.Embedding(c.relative_attention_num_buckets, c.num_heads)  # stands in the first block, for all of them
+        self.block[0].layer[0]["SelfAttention"]["relative_attention_bias"] = table
+        self.final_layer_norm, self.p = nn.RMSNorm(c.d_model, c.layer_norm_epsilon), c.dropout_rate
         self.buckets = (not is_decoder, c.relative_attention_num_buckets, c.relative_attention_max_distance)
 
     def position_bias(self, n):
@@ -262,15 +259,21 @@ class T5Stack(nn.Module):
     def cross_keys_values(self, encoded):
         return [block.keys_values(block.layer[1]["EncDecAttention"], encoded) for block in self.block]
 
+    def forward(self, h, bias, cross=None, cross_bias=None, store=lambda layer, k, v: (k, v), where=slice(None)):
+        """h (B, T, D), embedded -> hidden states (B, T, D), or only those `where`. cross[i] and store(i, k, v) are block i's."""
+        h = F.dropout(h, self.p, self.training)
+        for i, block in enumerate(self.block):
+            h = block(h, bias, cross[i] if cross else None, cross_bias, functools.partial(store, i))
+        return F.dropout(self.final_layer_norm(h)[where], self.p, self.training)
+
 
 class T5(nn.Module):
     """Encoder-decoder: T5 v1.0 (ReLU, tied head), T5 v1.1 and FLAN-T5 (gated GELU, untied head)."""
 
     DEFAULTS = dict(
-        model_type="t5", vocab_size=32128, d_model=512, d_kv=64, d_ff=2048, num_layers=6, num_decoder_layers=None,
-        num_heads=8, relative_attention_num_buckets=32, relative_attention_max_distance=128, dropout_rate=0.1,
-        layer_norm_epsilon=1e-6, feed_forward_proj="relu", tie_word_embeddings=True, pad_token_id=0, eos_token_id=1,
-        decoder_start_token_id=0)
+        model_type="t5", vocab_size=32128, d_model=512, d_kv=64, d_ff=2048, num_layers=6, num_decoder_layers=None, num_heads=8,
+        relative_attention_num_buckets=32, relative_attention_max_distance=128, dropout_rate=0.1, layer_norm_epsilon=1e-6,
+        feed_forward_proj="relu", tie_word_embeddings=True, pad_token_id=0, eos_token_id=1, decoder_start_token_id=0)
     # What some checkpoints store besides: copies of `shared`, and a bias that T5 v1.0 never uses.
     IGNORED = ("embed_tokens.weight", "lm_head.weight", "EncDecAttention.relative_attention_bias.weight")
 
@@ -296,28 +299,21 @@ class T5(nn.Module):
 
     def encode(self, input_ids, attention_mask):
         """(B, S) ids and mask -> hidden states (B, S, D)."""
-        h = F.dropout(self.shared(input_ids), self.c.dropout_rate, self.training)
-        bias = self.encoder.position_bias(h.shape[1]) + additive(attention_mask, h.dtype)
-        for block in self.encoder.block:
-            h = block(h, bias)
-        return F.dropout(self.encoder.final_layer_norm(h), self.c.dropout_rate, self.training)
+        h = self.shared(input_ids)
+        return self.encoder(h, self.encoder.position_bias(h.shape[1]) + additive(attention_mask, h.dtype))
 
     def head(self, h):
-        if self.c.tie_word_embeddings:
-            return F.linear(h * self.c.d_model**-0.5, self.shared.weight)
-        return self.lm_head(h)
+        return F.linear(h * self.c.d_model**-0.5, self.shared.weight) if self.c.tie_word_embeddings else self.lm_head(h)
 
     def forward(self, input_ids, attention_mask, decoder_input_ids, where=slice(None)):
         """ids (B, S), mask (B, S), decoder ids (B, T), padded on the right -> logits (B, T, V).
 
         With `where` (B, T) bool: (N, V), only of those N tokens; a loss need not pay for the padding's logits.
         """
-        encoded = self.encode(input_ids, attention_mask)
-        h = F.dropout(self.shared(decoder_input_ids), self.c.dropout_rate, self.training)
+        cross = self.decoder.cross_keys_values(self.encode(input_ids, attention_mask))
+        h = self.shared(decoder_input_ids)
         bias, cross_bias = self.decoder.position_bias(h.shape[1]), additive(attention_mask, h.dtype)
-        for block, cross in zip(self.decoder.block, self.decoder.cross_keys_values(encoded), strict=True):
-            h = block(h, bias, cross, cross_bias)
-        return self.head(F.dropout(self.decoder.final_layer_norm(h)[where], self.c.dropout_rate, self.training))
+        return self.head(self.decoder(h, bias, cross, cross_bias, where=where))
 
     def prefill(self, input_ids, attention_mask, room):
         """Encode the prompt once -> (cache with room for that many decoder tokens, logits (B, V) of the first)."""
@@ -329,12 +325,10 @@ class T5(nn.Module):
 
     def step(self, tokens, cache):
         """The next decoder tokens (B, T) -> logits (B, T, V); the cache grows by T."""
-        h, start, end = self.shared(tokens), cache.length, cache.length + tokens.shape[1]
-        bias = cache.bias[:, :, start:end, :end]
-        for i, block in enumerate(self.decoder.block):
-            h = block(h, bias, cache.cross[i], cache.mask, functools.partial(cache.append, i))
-        cache.length = end
-        return self.head(self.decoder.final_layer_norm(h))
+        end = cache.length + tokens.shape[1]
+        bias = cache.bias[:, :, cache.length : end, :end]
+        h, cache.length = self.decoder(self.shared(tokens), bias, cache.cross, cache.mask, cache.append), end
+        return self.head(h)
 
     generate = generate
 
@@ -399,9 +393,8 @@ class Llama(nn.Module):
 
     DEFAULTS = dict(
         model_type="llama", vocab_size=32000, hidden_size=4096, intermediate_size=11008, num_hidden_layers=32,
-        num_attention_heads=32, num_key_value_heads=None, head_dim=None, rms_norm_eps=1e-6, rope_theta=10000.0,
-        sliding_window=None, tie_word_embeddings=False, hidden_act="silu", initializer_range=0.02, pad_token_id=None,
-        eos_token_id=2)
+        num_attention_heads=32, num_key_value_heads=None, head_dim=None, rms_norm_eps=1e-6, rope_theta=10000.0, sliding_window=None,
+        tie_word_embeddings=False, hidden_act="silu", initializer_range=0.02, pad_token_id=None, eos_token_id=2)
     IGNORED = ("rotary_emb.inv_freq", "lm_head.weight")  # the second: a copy, where the head is tied
 
     def __init__(self, config):
@@ -431,20 +424,16 @@ class Llama(nn.Module):
             if p.dim() == 2 and not p.is_meta:
                 nn.init.normal_(p, std=c.initializer_range)
 
-    def hidden(self, tokens, start, mask, store):
-        """tokens (B, T), the first at place `start`; store(layer, k, v) -> all keys and values. Returns (B, T, D).
-
-        Places are counted with the padding: RoPE's scores depend on distances alone.
-        """
-        h = self.model["embed_tokens"](tokens)
+    def logits(self, tokens, start, mask, store, where):
+        """tokens (B, T), the first at place `start`; store(layer, k, v) -> all keys and values. Returns what `forward` does."""
+        embedding, h = self.model["embed_tokens"].weight, self.model["embed_tokens"](tokens)
         self.frequencies = self.frequencies.to(h.device)
-        cos, sin = rotations(torch.arange(start, start + h.shape[1], device=h.device), self.frequencies, h.dtype)
+        places = torch.arange(start, start + h.shape[1], device=h.device)  # padding counts: RoPE's scores know distances alone
+        cos, sin = rotations(places, self.frequencies, h.dtype)
         for i, layer in enumerate(self.model["layers"]):
             h = layer(h, cos, sin, mask, functools.partial(store, i))
-        return self.model["norm"](h)
-
-    def head(self, h):
-        return F.linear(h, self.model["embed_tokens"].weight) if self.c.tie_word_embeddings else self.lm_head(h)
+        h = self.model["norm"](h)[where]
+        return F.linear(h, embedding) if self.c.tie_word_embeddings else self.lm_head(h)
 
     def mask(self, is_token, n_queries):
         """is_token (B, S) -> (B, 1, n_queries, S) bool. Padding sees itself, so that no row is empty."""
@@ -455,7 +444,7 @@ class Llama(nn.Module):
     def forward(self, input_ids, attention_mask, where=slice(None)):
         """ids (B, T), mask (B, T) of 1 (token) and 0 (padding, either side) -> logits (B, T, V); `where` as in T5."""
         mask = self.mask(attention_mask.bool(), input_ids.shape[1])
-        return self.head(self.hidden(input_ids, 0, mask, lambda layer, k, v: (k, v))[where])
+        return self.logits(input_ids, 0, mask, lambda layer, k, v: (k, v), where)
 
     def prefill(self, input_ids, attention_mask, room):
         """Read the prompts once -> (cache with room for that many more tokens, logits (B, V) of the next one)."""
@@ -466,18 +455,14 @@ class Llama(nn.Module):
         cache = Cache(c.num_hidden_layers, shape, self.model["embed_tokens"].weight)
         cache.mask = F.pad(is_token, (0, room), value=True)
         cache.sees_all = not c.sliding_window and bool(is_token.all())
-        return cache, self.head(self.read(tokens, cache)[:, -1])
+        return cache, self.step(tokens, cache, where=(slice(None), -1))
 
-    def read(self, tokens, cache):
-        """The next tokens (B, T) -> hidden states (B, T, D); the cache grows by T."""
+    def step(self, tokens, cache, where=slice(None)):
+        """The next tokens (B, T) -> logits (B, T, V), or only those `where`; the cache grows by T."""
         T, end = tokens.shape[1], cache.length + tokens.shape[1]
         mask = None if T == 1 and cache.sees_all else self.mask(cache.mask[:, :end], T)
-        h, cache.length = self.hidden(tokens, cache.length, mask, cache.append), end
-        return h
-
-    def step(self, tokens, cache):
-        """The next tokens (B, T) -> logits (B, T, V); the cache grows by T."""
-        return self.head(self.read(tokens, cache))
+        logits, cache.length = self.logits(tokens, cache.length, mask, cache.append, where), end
+        return logits
 
     generate = generate
 
@@ -504,16 +489,13 @@ class Bert(nn.Module):
         D, F_ = c.hidden_size, c.intermediate_size
         norm = functools.partial(nn.LayerNorm, D, eps=c.layer_norm_eps)
         self.embeddings = tree(
-            word_embeddings=nn.Embedding(c.vocab_size, D),
-            position_embeddings=nn.Embedding(c.max_position_embeddings, D),
-            token_type_embeddings=nn.Embedding(c.type_vocab_size, D),
-            LayerNorm=norm())
+            word_embeddings=nn.Embedding(c.vocab_size, D), position_embeddings=nn.Embedding(c.max_position_embeddings, D),
+            token_type_embeddings=nn.Embedding(c.type_vocab_size, D), LayerNorm=norm())
         self.encoder = tree(layer=nn.ModuleList(tree(
             attention=tree(
                 self=tree(query=nn.Linear(D, D), key=nn.Linear(D, D), value=nn.Linear(D, D)),
                 output=tree(dense=nn.Linear(D, D), LayerNorm=norm())),
-            intermediate=tree(dense=nn.Linear(D, F_)),
-            output=tree(dense=nn.Linear(F_, D), LayerNorm=norm()),
+            intermediate=tree(dense=nn.Linear(D, F_)), output=tree(dense=nn.Linear(F_, D), LayerNorm=norm()),
         ) for _ in range(c.num_hidden_layers)))
 
     def forward(self, input_ids, attention_mask):
@@ -534,18 +516,14 @@ class Bert(nn.Module):
 
 
 def pool(encoder, input_ids, attention_mask):
-    """ids, mask (B, T) -> (B, D): the hidden states, averaged over the tokens, scaled to unit length."""
+    """ids, mask (B, T) -> (B, D): hidden states of a Bert or of a T5's encoder, averaged over the tokens, scaled to unit length."""
     h = encoder.encode(input_ids, attention_mask).float() * attention_mask[..., None]
     return F.normalize(h.sum(1), dim=-1)  # the mean's direction is the sum's
 
 
 @torch.no_grad()
 def embed(encoder, tokenizer, texts, batch_size=64):
-    """Texts -> (N, D) float32: the encoder's hidden states, averaged over the tokens, scaled to unit length.
-
-    `encoder` is a Bert or a T5 (then its encoder). Of a text longer than Bert's positions the last token, an end
-    mark, stays, and what stands before it is cut.
-    """
+    """Texts -> (N, D) float32, as `pool` makes them; a text too long for Bert's positions keeps its last token, an end mark."""
     limit = encoder.config.get("max_position_embeddings", 512)
     ids = [e.ids for e in tokenizer.encode_batch(list(texts))]
     ids = [i if len(i) <= limit else i[: limit - 1] + i[-1:] for i in ids]
@@ -558,7 +536,9 @@ def embed(encoder, tokenizer, texts, batch_size=64):
 
 # --------------------------------------------------------------------------------------- load and save
 
-ARCHITECTURES = {"t5": T5, "llama": Llama, "mistral": Llama, "bert": Bert}
+ARCHITECTURES = {  # by config.json's model_type: the class here, and its name in transformers
+    "t5": (T5, "T5ForConditionalGeneration"), "llama": (Llama, "LlamaForCausalLM"), "mistral": (Llama, "MistralForCausalLM"),
+    "bert": (Bert, "BertModel")}
 
 
 @contextlib.contextmanager
@@ -584,18 +564,17 @@ def write_json(path, value):
 def read_json(path):
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise BadInput(f"{path}: no such file") from None
     except (ValueError, OSError, RecursionError) as error:
-        raise BadInput(f"{path}: not readable as JSON ({error})") from None
+        why = "no such file" if isinstance(error, FileNotFoundError) else f"not readable as JSON ({error})"
+        raise BadInput(f"{path}: {why}") from None
 
 
 def load(path, device="cpu", dtype=None):
     """A checkpoint folder in Hugging Face's layout -> (model in eval mode, tokenizers.Tokenizer).
 
-    The model is laid out without memory, then takes the tensors as they are read: straight to `device`, in the
-    dtype stored or the one asked for. Anything missing, left over, of another shape or not finite is a BadInput.
-    Not read: pickles, which can run code, and generation_config.json.
+    The model is laid out without memory, then takes the tensors as they are read: straight to `device`, in the dtype stored or
+    the one asked for. Anything missing, left over, of another shape or not finite is a BadInput. Not read: pickles, which can
+    run code, and generation_config.json.
     """
     path = Path(path)
     require(path.is_dir(), f"{path}: no such folder; give one with config.json, model.safetensors and tokenizer.json")
@@ -604,7 +583,7 @@ def load(path, device="cpu", dtype=None):
     require(kind in known, f"{file}: model_type {kind!r} is not supported; take one of {', '.join(known)}")
     try:
         with torch.device("meta"):
-            model = ARCHITECTURES[kind](config)
+            model = ARCHITECTURES[kind][0](config)
     except BadInput as error:
         raise BadInput(f"{file}: {error}") from None
     tokenizer = load_tokenizer(path / "tokenizer.json", model.config["vocab_size"])
@@ -628,11 +607,11 @@ def load_tokenizer(file, vocab_size):
 
 def weight_files(path):
     """The folder's safetensors files: one, or the shards that its index names."""
-    index = path / "model.safetensors.index.json"
-    if (path / "model.safetensors").exists():
-        return [path / "model.safetensors"]
-    pickled = [f"only pickled weights ({p.name}), which can run code" for p in sorted(path.glob("*.bin"))]
-    why = (pickled or ["no model.safetensors"])[0]
+    whole, index = path / "model.safetensors", path / "model.safetensors.index.json"
+    if whole.exists():
+        return [whole]
+    pickled = sorted(p.name for p in path.glob("*.bin"))
+    why = f"only pickled weights ({pickled[0]}), which can run code" if pickled else "no model.safetensors"
     require(index.exists(), f"{path}: {why}; convert with transformers: save_pretrained(..., safe_serialization=True)")
     shards = read_json(index)
     shards = shards.get("weight_map") if isinstance(shards, dict) else None
@@ -657,12 +636,10 @@ def read_weights(path, model, device, dtype):
                         dtype = found[name].dtype
                     elif not any(part in name for part in model.IGNORED):
                         raise BadInput(f"tensor {key} has no place in the {type(model).__name__} of config.json")
-        except BadInput as error:
-            raise BadInput(f"{file}: {error}; download the folder again") from None
-        except (SafetensorError, OSError) as error:
-            raise BadInput(f"{file}: not a whole safetensors file ({error}); download it again") from None
-    missing = sorted(set(wanted) - set(found))
-    if missing:
+        except (BadInput, SafetensorError, OSError) as error:
+            why = error if isinstance(error, BadInput) else f"not a whole safetensors file ({error})"
+            raise BadInput(f"{file}: {why}; download the folder again") from None
+    if missing := sorted(set(wanted) - set(found)):
         more = f", and {len(missing) - 1} more" * (len(missing) > 1)
         raise BadInput(f"{path}: tensor {missing[0]} is missing{more}; download the folder again")
     return found
@@ -692,6 +669,5 @@ def save(model, tokenizer, path):
     special = {key: tokenizer.id_to_token(i) for key, i in special.items() if i is not None and i >= 0}
     write_json(path / "tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast", **special})
     config["torch_dtype"] = str(next(model.parameters()).dtype).removeprefix("torch.")
-    config["architectures"] = [{"t5": "T5ForConditionalGeneration", "llama": "LlamaForCausalLM",
-                                "mistral": "MistralForCausalLM", "bert": "BertModel"}[config["model_type"]]]
+    config["architectures"] = [ARCHITECTURES[config["model_type"]][1]]
     write_json(path / "config.json", config)

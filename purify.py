@@ -10,7 +10,8 @@ purifiers, one class each with one small interface: fit once, `rationales` befor
 
 import math
 import random
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +20,7 @@ from torch.nn.utils import skip_init
 from tqdm import tqdm
 
 import model as models
-from kp import Targets, ask, conclusion, sequence_losses
+from kp import Targets, ask, chat_format, conclusion, rationale_prompt, sequence_losses
 
 # --------------------------------------------------------------------------------------------- routers
 
@@ -533,33 +534,34 @@ class Classifier(Router):
 class Aggregate(Purifier):
     """Knowledge aggregation: a sequence-to-sequence LM reads q and all M rationales and writes one.
 
-    r_P = LM(AGGREGATE(q, r_1 .. r_M)), greedy. With --aggregator DIR an instruction-tuned T5 is used as it is.
-    Without, the T5 teacher is first tuned on a small labelled split, --fit-questions of the training questions
-    (default 400): its target is the rationale of the teacher who scores highest. Those questions' own r_P is
-    that target; it is never judged by what it was tuned on. Left out: feeding the student's mistakes back.
+    r_P = LM(AGGREGATE(q, r_1 .. r_M)), greedy. With --aggregator DIR an instruction-tuned LM is used as it is.
+    Without, the T5 teacher is first tuned on a labelled split, --fit-questions of the training questions (default 2,000
+    at most, and half of them): its target is the rationale of the teacher who scores highest. Those questions' own r_P
+    is that target; it is judged only by what it was not tuned on. Left out: feeding the student's mistakes back.
     """
 
-    STEPS, BATCH, LR = 300, 16, 1e-3
+    STEPS, BATCH, LR = 800, 16, 1e-3
 
     @staticmethod
     def prompt(q, rationales):
-        listed = " ".join(f"({i}) {r}" for i, r in enumerate(rationales, 1))
-        return f"Question: {ask(q)} Rationales: {listed} Combine them into one correct rationale."
+        listed = " ".join(f"({letter}) {r}" for letter, r in zip("abcdefghij", rationales))
+        return f"{listed} {rationale_prompt(q)}"  # as the T5 teacher is asked, with the others' rationales before it
 
     def fit(self, world):
         self.world, rows = world, world.visited()
-        questions = [world.questions[row] for row in rows]
+        questions, texts = [world.questions[row] for row in rows], {}
         aggregator, tokenizer = world.aggregator()
-        encode, texts = Targets(tokenizer), {}
-        if not self.args.aggregator:
-            fit = self.fit_questions(world, default=400)
+        encode, frame = Targets(tokenizer, max_length=2048), "{}"
+        if self.args.aggregator:
+            frame = chat_format(Path(self.args.aggregator), tokenizer)
+        else:
+            fit = self.fit_questions(world, default=min(2000, len(world.fit_on) // 2))
             said, best = all_rationales(world, fit), world.teachers.scores(fit).argmax(1).tolist()
-            targets = [r[m] for r, m in zip(said, best)]
-            self.tune(aggregator, encode, [self.prompt(q, r) for q, r in zip(fit, said)], targets)
-            texts = {q.id: text for q, text in zip(fit, targets)}
+            texts = {q.id: r[m] for q, r, m in zip(fit, said, best)}
+            self.tune(aggregator, encode, fit, said, [texts[q.id] for q in fit])
         said = dict(zip(rows, all_rationales(world, questions)))
         todo = [row for row in rows if world.questions[row].id not in texts]
-        prompts = encode([self.prompt(world.questions[row], said[row]) for row in todo])
+        prompts = encode([frame.format(self.prompt(world.questions[row], said[row])) for row in todo])
         ledger = world.teachers.ledger
         for batch in tqdm(models.by_length(prompts, 128), desc="aggregate", unit="batch", delay=1, leave=False):
             tokens, mask = (x.to(self.args.device) for x in models.pad([prompts[i] for i in batch]))
@@ -571,17 +573,18 @@ class Aggregate(Purifier):
         self.texts = {row: texts[world.questions[row].id] for row in rows}
         return self
 
-    def tune(self, aggregator, encode, prompts, targets):
-        """Teach it to aggregate: cross-entropy of the best teacher's rationale."""
+    def tune(self, aggregator, encode, questions, said, targets):
+        """Teach it to aggregate: cross-entropy of the best teacher's rationale. The choices come in a new order each time."""
         aggregator.train()
         optimizer = torch.optim.AdamW(aggregator.parameters(), self.LR)
         draw = random.Random(self.args.seed)
         for step in tqdm(range(self.STEPS), desc="tune aggregator", unit="step", delay=1, leave=False):
             for group in optimizer.param_groups:
-                group["lr"] = self.LR * (1 - step / self.STEPS)
-            rows = [draw.randrange(len(prompts)) for _ in range(self.BATCH)]
-            loss = sequence_losses(aggregator, encode([prompts[i] for i in rows]), encode([targets[i] for i in rows])).mean()
-            loss.backward()
+                group["lr"] = self.LR * min((step + 1) / 50, 1 - step / self.STEPS)
+            rows = [draw.randrange(len(questions)) for _ in range(self.BATCH)]
+            shuffled = [replace(questions[i], choices=tuple(draw.sample(questions[i].choices, len(questions[i].choices)))) for i in rows]
+            prompts = encode([self.prompt(q, said[i]) for q, i in zip(shuffled, rows)])
+            sequence_losses(aggregator, prompts, encode([targets[i] for i in rows])).mean().backward()
             torch.nn.utils.clip_grad_norm_(aggregator.parameters(), 1.0)
             optimizer.step()
             optimizer.zero_grad()

@@ -395,6 +395,7 @@ def train(args):
         purifier=args.purifier, seed=args.seed, teachers=teachers.names, steps=args.steps, accuracy=splits["test"],
         ood=splits.get("ood/test", {}), valid=splits["valid"], teacher_tokens=teachers.ledger["rationale_wrote"],
         ledger=dict(teachers.ledger), student_tokens=done["student_tokens"],
+        empty_rationales=sum(not text for texts in done["given"].values() for text in texts),
         seconds={k: round(v, 2) for k, v in seconds.items()})  # fmt: skip
     models.write_json(run / "result.json", result)
     (run / "checkpoint.safetensors").unlink(missing_ok=True)
@@ -412,6 +413,8 @@ def show(result):
             print(f"  {title:<16}" + "".join(f"{task:>11}" for task in accuracy))
             print(" " * 18 + "".join(f"{share:>11.3f}" for share in accuracy.values()))
     print(f"  {'tokens':<16} teachers wrote {result['teacher_tokens']:,}, student trained on {result['student_tokens']:,}")
+    if result["empty_rationales"]:
+        print(f"  {'note':<16} {result['empty_rationales']:,} empty rationales, from which nothing was learnt")
     print(f"  {'seconds':<16} " + ", ".join(f"{stage} {s:.0f}" for stage, s in result["seconds"].items()))
 
 

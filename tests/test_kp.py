@@ -246,7 +246,7 @@ def tinyllm_folder(folder, as_array, n=5, entries=None):
         (folder / f"parity_{split}.json").write_text(text)
     texts = [f"Think of {i}. Thus, the answer is (a) yes\n\nQ: Is it? llama rationale: It is {i}.\nSo." for i in range(n)]
     texts = entries if entries is not None else texts
-    (folder / "llm" / "train_CoT_0.json").write_text(json.dumps(texts[:3]))
+    (folder / "llm" / "train_CoT_0.json").write_text(json.dumps(texts[:3]))  # the files have 500 each
     (folder / "llm" / "train_CoT_1.json").write_text(json.dumps(texts[3:]))
     return folder
 

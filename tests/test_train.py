@@ -10,6 +10,8 @@ import pytest
 import torch
 from conftest import ROOT
 
+from test_kp import tinyllm_folder
+
 import eval as evaluation
 import model
 import purify
@@ -61,6 +63,36 @@ def test_two_runs_with_one_seed_are_equal_to_the_bit(world, teacher_folders, tmp
     weights = [(folder / "student" / "model.safetensors").read_bytes() for folder in (a, b, c)]
     assert weights[0] == weights[1] != weights[2]
     assert (a / "metrics.jsonl").read_text() == (b / "metrics.jsonl").read_text()
+
+
+def test_the_paper_s_recipe_runs_with_stand_in_weights(world, teacher_folders, tmp_path):
+    """Chat-tuned teachers in half precision, a BERT to embed questions, two examples, the answer told, a T5 as student."""
+    teachers = []
+    for i, folder in enumerate(teacher_folders):
+        shutil.copytree(folder, tmp_path / f"hf-{i}")
+        teachers.append(tmp_path / f"hf-{i}")
+        if i:
+            net, tokenizer = model.load(folder, dtype=torch.bfloat16)
+            model.save(net, tokenizer, teachers[i])
+            model.write_json(teachers[i] / "tokenizer_config.json", {"chat_template": "{{ messages }}"})
+    net, tokenizer = model.load(teacher_folders[0])
+    sizes = dict(vocab_size=tokenizer.get_vocab_size(), hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32)
+    model.save(model.Bert(sizes), tokenizer, tmp_path / "bert")
+    for purifier in ("router", "classifier", "aggregate"):
+        folder = run(world, teachers, tmp_path, "--purifier", purifier, "--student", str(teacher_folders[0]), "--shots", "2", "--lr", "1e-4",
+                     "--teacher-forcing", "--encoder", str(tmp_path / "bert"), "--aggregator", str(teachers[1]), name=purifier)  # fmt: skip
+        assert json.loads((folder / "result.json").read_text())["teachers"] == [f"hf-{i}" for i in range(4)]
+
+
+@pytest.mark.parametrize("purifier", list(purify.PURIFIERS))
+def test_every_purifier_trains_on_tinyllm_s_layout(tmp_path, purifier, capsys):
+    entries = [f"Because of {i}. Thus, the answer is llama rationale: Since {i}." for i in range(19)] + ["llama rationale: So."]
+    tinyllm_folder(tmp_path / "parity", True, n=20, entries=entries)
+    train.main(train.parse_args(["--data", str(tmp_path / "parity"), "--purifier", purifier, *PARTS, "--out", str(tmp_path / "run")]))
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    assert result["teachers"] == ["flan-t5-xl", "llama-2"] and set(result["accuracy"]) == {"parity", "mean"}
+    text = capsys.readouterr().out
+    assert "take --student DIR" in text and ("1 empty rationale" in text or purifier not in ("none", "single"))
 
 
 def test_a_student_may_be_a_checkpoint(world, teacher_folders, tmp_path):
