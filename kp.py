@@ -492,7 +492,8 @@ def dual_loss(student, encode, questions, rationales, lam, alpha=None):
 
     alpha_m is lambda / M unless told: the rationales weigh the same however many there are. B questions, B lists of texts
     (none, one or M each). One pass per task: in one for both, answers would be padded to the length of rationales.
-    Returns the loss, the answers' losses (B,) and the rationales' (R,), detached, and the tokens read and predicted.
+    Returns the loss, the answers' losses (B,) and the rationales' (R,), detached, the number of tokens read and
+    predicted, and that number with their padding.
     """
     owners = [q for q, texts in zip(questions, rationales) for _ in texts]
     predict, explain = encode([predict_prompt(q) for q in questions]), encode([explain_prompt(q) for q in owners])
@@ -501,7 +502,9 @@ def dual_loss(student, encode, questions, rationales, lam, alpha=None):
     l_dl = sequence_losses(student, explain, texts) if texts else l_pr.new_zeros(0)  # (R,)
     weights = [bool(r) * (lam / len(rs) if alpha is None else alpha) for rs in rationales for r in rs]  # none for an empty one
     loss = l_pr.mean() + (l_pr.new_tensor(weights) * l_dl).sum() / len(questions)
-    return loss, l_pr.detach(), l_dl.detach(), sum(map(len, predict + explain + answers + texts))
+    batches = [rows for rows in (predict, explain, answers, texts) if rows]
+    n_padded = sum(len(rows) * max(map(len, rows)) for rows in batches)
+    return loss, l_pr.detach(), l_dl.detach(), sum(len(ids) for rows in batches for ids in rows), n_padded
 
 
 def tiny_t5(vocab_size, pad_token_id=0, eos_token_id=1):

@@ -145,7 +145,8 @@ def load_student(args, t5, texts):
         return student, tokenizer
     if t5:
         config = models.read_json(t5 / "config.json")
-        tokenizer, special = models.load_tokenizer(t5 / "tokenizer.json", config["vocab_size"]), (config["pad_token_id"], config["eos_token_id"])
+        tokenizer = models.load_tokenizer(t5 / "tokenizer.json", config["vocab_size"])
+        special = config["pad_token_id"], config["eos_token_id"]
     else:
         tokenizer, special = kp.train_tokenizer(texts), (0, 1)
     torch.manual_seed(args.seed)
@@ -283,14 +284,16 @@ def train(args):
         with rank_0_first():
             data, teacher_folders, t5 = read_world(args)
 
-        def reader():  # embeds, aggregates, scores: the T5 teacher, or where there is none the student as it starts
-            return models.load(t5, args.device) if t5 else (copy.deepcopy(student).eval(), tokenizer)
+        def lm(folder):
+            """That checkpoint, or where none is given the T5 at hand: the T5 teacher, else the student as it starts."""
+            if folder or t5:
+                return models.load(folder or t5, args.device)
+            return copy.deepcopy(student).eval(), tokenizer
 
-        or_reader = lambda folder: models.load(folder, args.device) if folder else reader()  # noqa: E731
-        teachers = open_teachers(args, teacher_folders, data, lambda: or_reader(args.scorer))
+        teachers = open_teachers(args, teacher_folders, data, lambda: lm(args.scorer))
         t5 = t5 or next((f for f in teachers.folders if models.read_json(f / "config.json")["model_type"] == "t5"), None)
         student, tokenizer = load_student(args, t5, map(kp.explain_prompt, data["train"]))
-        if args.encoder and not hasattr(or_reader(args.encoder)[0], "encode"):
+        if args.encoder and not hasattr(lm(args.encoder)[0], "encode"):
             raise BadInput(f"--encoder {args.encoder}: not an encoder; take a Bert or a T5")
         optimizer = torch.optim.AdamW(
             student.parameters(), args.lr, betas=(0.9, 0.98), weight_decay=args.weight_decay, fused=True)  # fmt: skip
@@ -304,8 +307,7 @@ def train(args):
             return models.read_json(run / "result.json")  # --resume of a finished run
 
     with seconds("purify"):  # teachers are asked here, and only for what the purifier wants
-        world = World(questions, visits, data["train"], teachers, lambda: or_reader(args.encoder),
-                      lambda: or_reader(args.aggregator))
+        world = World(questions, visits, data["train"], teachers, lambda: lm(args.encoder), lambda: lm(args.aggregator))
         purifier = PURIFIERS[args.purifier](args).fit(world)
 
     done = dict(step=0, student_tokens=0, given={}, lines=0)  # what a checkpoint remembers besides the tensors
@@ -353,7 +355,8 @@ def train(args):
             rationales = purifier.rationales(step)
             batch, texts = [questions[row] for row in visits[step]][rank::ranks], rationales[rank::ranks]
             with torch.autocast(args.device, torch.bfloat16, enabled=args.dtype == "bfloat16"):
-                loss, answer_losses, rationale_losses, n_tokens = kp.dual_loss(net, encode, batch, texts, args.lam, args.alpha)
+                loss, answer_losses, rationale_losses, n_tokens, n_padded = kp.dual_loss(
+                    net, encode, batch, texts, args.lam, args.alpha)  # fmt: skip
             loss.backward()
             norm = torch.nn.utils.clip_grad_norm_(student.parameters(), args.clip)
             optimizer.step()
@@ -364,7 +367,7 @@ def train(args):
             explained = rationale_losses.mean() if len(rationale_losses) else 0.0
             pending.append(dict(step=step, loss=over_ranks(loss.detach()[None]).mean(), answer=answer_losses.mean(),
                                 rationale=explained, norm=norm, lr=learning_rate(step, args),
-                                tokens=over_ranks(loss.new_tensor([n_tokens])).sum(), **noted))  # fmt: skip
+                                tokens=over_ranks(loss.new_tensor([n_tokens])).sum(), padding=1 - n_tokens / n_padded, **noted))  # fmt: skip
             if step % 20 == 19:
                 flush()
                 bar.set_postfix_str(f"loss {loss.item():.3f}" + (f", valid {valid['mean']:.3f}" if valid else ""))

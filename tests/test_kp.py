@@ -328,7 +328,7 @@ def test_the_dual_loss_is_the_two_losses_computed_apart(world, teacher_folders):
     parts = iter(explained)
     grouped = [[next(parts) for _ in texts] for texts in rationales]
     expected = sum(answers) / len(questions) + 0.7 * sum(sum(own) / len(own) for own in grouped if own) / len(questions)
-    loss, got_answers, got_explained, tokens = kp.dual_loss(student, encode, questions, rationales, 0.7)
+    loss, got_answers, got_explained, tokens, padded = kp.dual_loss(student, encode, questions, rationales, 0.7)
     assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
     assert torch.allclose(got_answers, torch.stack(answers).detach(), atol=1e-5)
     assert torch.allclose(got_explained, torch.stack(explained).detach(), atol=1e-5)
@@ -337,6 +337,8 @@ def test_the_dual_loss_is_the_two_losses_computed_apart(world, teacher_folders):
         for q, texts in zip(questions, rationales)
         for text in [kp.predict_prompt(q), q.choices[q.answer], *texts, *[kp.explain_prompt(q)] * len(texts)]
     )
+
+    assert tokens < padded < 3 * tokens
 
     def gradient(loss):
         student.zero_grad()
