@@ -410,8 +410,8 @@ class ReadyMade:
 
     names, folders = ("flan-t5-xl", "llama-2"), ()
 
-    def __init__(self, folder, questions, scorer):
-        """scorer: () -> (model, tokenizer)"""
+    def __init__(self, folder, questions, scorer, max_words=128):
+        """scorer: () -> (model, tokenizer). Longer rationales are cut off, as if no more had been asked for."""
         files = sorted(Path(folder).glob("llm/train_CoT_*.json"), key=lambda f: (len(f.name), f.name))
         if not files:
             raise BadInput(f"{folder}: no rationales in llm/train_CoT_0.json; give --teachers DIR ...")
@@ -423,7 +423,8 @@ class ReadyMade:
             if not isinstance(text, str):
                 raise BadInput(f"{where}: a rationale must be a text")
             flan, _, llama = text.partition("llama rationale:")
-            self.said[q] = re.split(r"Thus, the answer is|\n\s*Q:", flan)[0].strip(), llama.strip()
+            whole = re.split(r"Thus, the answer is|\n\s*Q:", flan)[0], llama
+            self.said[q] = tuple(re.match(rf"(\S+\s*){{0,{max_words}}}", w.strip())[0].strip() for w in whole)
 
     def __len__(self):
         return len(self.names)

@@ -130,7 +130,7 @@ def open_teachers(args, folders, data, scorer):
                            args.teacher_forcing, seed=args.seed)  # fmt: skip
         teachers = kp.Teachers(folders, args.cache, asking, data["train"])
     else:
-        teachers = kp.ReadyMade(args.data, data["train"], scorer)
+        teachers = kp.ReadyMade(args.data, data["train"], scorer, args.max_new_tokens)
     if not 0 <= args.teacher < len(teachers):
         raise BadInput(f"--teacher {args.teacher}: there are {len(teachers)} teachers, numbered from 0")
     return teachers

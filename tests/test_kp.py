@@ -258,6 +258,8 @@ def test_tinyllm_s_layout_is_read(tmp_path, as_array):
     teachers = kp.ReadyMade(tmp_path / "parity", data["train"], None)
     assert teachers.rationales(data["train"][2:4], [0, 1]) == ["Think of 2.", "It is 3.\nSo."]
     assert teachers.ledger["rationale_wrote"] == 3 + 4
+    short = kp.ReadyMade(tmp_path / "parity", data["train"], None, max_words=2)
+    assert short.rationales(data["train"][2:4], [0, 1]) == ["Think of", "It is"]
 
 
 def test_ready_made_rationales_are_judged_by_how_much_they_help(tmp_path, world, teacher_folders):
