@@ -300,7 +300,7 @@ def train(args):
         questions, encode = data["ood/train" if args.ood else "train"], kp.Targets(tokenizer)
         visits = draw_visits([len(ids) for ids in encode([kp.explain_prompt(q) for q in questions])], args)
         with rank_0_first():
-            run, checkpoint, lock = open_folder(args) if rank == 0 else (Path(args.out), None, None)  # noqa: F841: held
+            run, checkpoint, lock = open_folder(args) if rank == 0 else (Path(args.out), None, None)  # noqa: F841 (held)
             if rank and (run / "checkpoint.safetensors").exists():
                 checkpoint = run / "checkpoint.safetensors"
         if (run / "result.json").exists():

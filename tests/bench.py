@@ -7,7 +7,6 @@ Prints a table and writes it with --out FILE as JSON. Ratio: transformers' secon
 """
 
 import argparse
-import json
 import platform
 import random
 import statistics
@@ -118,18 +117,19 @@ def training(config, ours, theirs, device, rounds, batch, source, target):
 
 
 def generation(config, ours, theirs, device, rounds, batch, n_new):
-    """(b) Greedy, uneven prompts, rows that end at different times: every 40th token ends a row."""
+    """(b) Greedy, uneven prompts, rows that end at different times: every 12th token ends a row."""
     rng, V = random.Random(batch), config["vocab_size"]
     ids, mask = models.pad([draw(rng, 20, 100, V) for _ in range(batch)])
     if config["model_type"] != "t5":
         ids, mask = ids.flip(1), mask.flip(1)  # transformers wants decoder-only prompts padded on the left
-    ids, mask, ends = ids.to(device), mask.to(device), list(range(1, V, 40))
+    ids, mask, ends = ids.to(device), mask.to(device), list(range(1, V, 12))
     ours.config["eos_token_id"] = theirs.generation_config.eos_token_id = ends
     theirs.generation_config.pad_token_id = 0
     length = []
 
     def our_run():
-        length[:] = [int(torch.isin(row, torch.tensor(ends, device=device)).float().argmax()) + 1 or n_new for row in ours.generate(ids, mask, n_new)]
+        is_end = torch.isin(ours.generate(ids, mask, n_new), torch.tensor(ends, device=device))
+        length[:] = ((is_end.cumsum(1) - is_end.long()) == 0).sum(1).tolist()  # tokens up to the first end
 
     def their_run():
         with torch.no_grad():
@@ -151,7 +151,7 @@ def scoring(config, ours, theirs, device, rounds, n=16):
     def their_run():
         flat = [(p, c) for p, cs in zip(prompts, choices) for c in cs]
         if config["model_type"] == "t5":
-            (ids, mask), (labels, is_token) = models.pad([p for p, _ in flat]), models.pad([c for _, c in flat])
+            (ids, mask), (labels, _) = models.pad([p for p, _ in flat]), models.pad([c for _, c in flat])
             logits = theirs(input_ids=ids.to(device), attention_mask=mask.to(device), labels=labels.to(device)).logits
         else:
             ids, mask = models.pad([p + c for p, c in flat])
@@ -199,6 +199,10 @@ def main():
     parser.add_argument("--out", metavar="FILE", help="write the table as JSON")
     args = parser.parse_args()
     warnings.filterwarnings("ignore")
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
     dtype = torch.bfloat16 if args.large else torch.float32
     t5, llama = (T5_LARGE, LLAMA_8B) if args.large else (T5_SMALL, LLAMA)
     chip = torch.cuda.get_device_name() if args.device == "cuda" else f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
