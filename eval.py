@@ -163,10 +163,14 @@ def run_all(args, jobs):
     return {label: [models.read_json(path) for path in paths] for label, paths in results.items()}
 
 
-def spread(values, digits=1, scale=100):
-    """Mean ± standard deviation over seeds."""
-    values = [scale * v for v in values]
-    return f"{statistics.mean(values):.{digits}f}" + (f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else "")
+def deviation(values):
+    """Standard deviation over seeds; 0 for one."""
+    return statistics.stdev(values) if len(values) > 1 else 0.0
+
+
+def spread(values):
+    """Shares -> mean ± standard deviation over seeds, in %."""
+    return f"{100 * statistics.mean(values):.1f}" + (f" ± {100 * deviation(values):.1f}" if len(values) > 1 else "")
 
 
 T95 = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36, 9: 2.31, 10: 2.26}  # Student's t, by seeds
@@ -235,7 +239,8 @@ def ood(args):
 
 def fit_curve(args):
     """What a router needs beforehand: accuracy and tokens when it is fitted on fewer questions."""
-    results = run_all(args, {f"router-fit-{n}": ["--purifier", "router", "--fit-questions", n] for n in (250, 1000, 4000)})
+    jobs = {f"router-fit-{n}": ["--purifier", "router", "--fit-questions", n] for n in (250, 1000)}
+    results = run_all(args, {**jobs, "router": ["--purifier", "router"]})
     publish(args, "fit-curve", *result_rows(results), results)
 
 
@@ -305,7 +310,7 @@ def plot(args, conflict_results=None, table_results=None):
         for purifier, style in (("none", "s--"), ("router", "o-")):
             points = {len(runs[0]["teachers"]): runs for runs in conflict_results.values() if runs[0]["purifier"] == purifier}
             ys = [[100 * r["accuracy"]["mean"] for r in points[n]] for n in sorted(points)]
-            error = [statistics.pstdev(y) for y in ys]
+            error = [deviation(y) for y in ys]
             label = "TinyLLM (all rationales)" if purifier == "none" else "router (one rationale)"
             axes.errorbar(sorted(points), [statistics.mean(y) for y in ys], error, fmt=style, color="black", capsize=4, label=label)
         axes.set(xlabel="teachers", xticks=[1, 2, 3, 4])
@@ -313,7 +318,7 @@ def plot(args, conflict_results=None, table_results=None):
         for marker, (label, runs) in zip("osv^<>DPX*hd8p1234", table_results.items()):
             y = [100 * r["accuracy"]["mean"] for r in runs]
             x = statistics.mean(total(r, "wrote", "read") + r["student_tokens"] for r in runs) / 1e6
-            axes.errorbar([x], [statistics.mean(y)], [statistics.pstdev(y)], fmt=marker, color="black", mfc="none", capsize=3, label=label)
+            axes.errorbar([x], [statistics.mean(y)], [deviation(y)], fmt=marker, color="black", mfc="none", capsize=3, label=label)
         axes.set(xlabel="tokens read, written and trained on (millions)")
     axes.set_ylabel("mean in-domain test accuracy (%)")
     axes.legend(fontsize=7, frameon=False)

@@ -55,8 +55,8 @@ def outcome(folder):
 
 
 def paid(folder):
-    """How many times teachers wrote something, and how many different things they wrote."""
-    keys = [json.loads(x)["key"] for f in (folder / "cache").rglob("said.jsonl") for x in f.read_text().split("\n") if x.endswith("}")]
+    """How many times a teacher answered, and how many different answers these were."""
+    keys = [(f, json.loads(x)["key"]) for f in (folder / "cache").rglob("said.jsonl") for x in f.read_text().split("\n") if x.endswith("}")]
     return len(keys), len(set(keys))
 
 
