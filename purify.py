@@ -536,13 +536,13 @@ class Classifier(Router):
 class Aggregate(Purifier):
     """Knowledge aggregation: a sequence-to-sequence LM reads q and all M rationales and writes one.
 
-    r_P = LM(AGGREGATE(q, r_1 .. r_M)), greedy. With --aggregator DIR an instruction-tuned LM is used as it is.
-    Without, the T5 teacher is first tuned on a labelled split, --fit-questions of the training questions (default 2,000
-    at most, and half of them): its target is the rationale of the teacher who scores highest. Those questions' own r_P
-    is that target; it is judged only by what it was not tuned on. Left out: feeding the student's mistakes back.
+    r_P = LM(AGGREGATE(q, r_1 .. r_M)), greedy. An instruction-tuned LM, --aggregator DIR, is used as it is. The micro
+    world's T5 is not one: --tune-aggregator steps teach it on a labelled split, --fit-questions of the training questions
+    (default 2,000 at most, and half of them), to write the rationale of the teacher who scores highest. Those questions'
+    own r_P is that target; it is judged only by what it was not tuned on. Left out: feeding the student's mistakes back.
     """
 
-    STEPS, BATCH, LR = 800, 16, 1e-3
+    BATCH, LR = 16, 1e-3
 
     @staticmethod
     def prompt(q, rationales):
@@ -556,7 +556,7 @@ class Aggregate(Purifier):
         encode, frame = Targets(tokenizer, max_length=2048), "{}"
         if self.args.aggregator:
             frame = chat_format(Path(self.args.aggregator), tokenizer)
-        else:
+        if self.args.tune_aggregator:
             fit = self.fit_questions(world, default=min(2000, len(world.fit_on) // 2))
             said, best = all_rationales(world, fit), world.teachers.scores(fit).argmax(1).tolist()
             texts = {q.id: r[m] for q, r, m in zip(fit, said, best)}
@@ -580,9 +580,9 @@ class Aggregate(Purifier):
         aggregator.train()
         optimizer = torch.optim.AdamW(aggregator.parameters(), self.LR)
         draw = random.Random(self.args.seed)
-        for step in tqdm(range(self.STEPS), desc="tune aggregator", unit="step", delay=1, leave=False):
+        for step in tqdm(range(self.args.tune_aggregator), desc="tune aggregator", unit="step", delay=1, leave=False):
             for group in optimizer.param_groups:
-                group["lr"] = self.LR * min((step + 1) / 50, 1 - step / self.STEPS)
+                group["lr"] = self.LR * min((step + 1) / 50, 1 - step / self.args.tune_aggregator)
             rows = [draw.randrange(len(questions)) for _ in range(self.BATCH)]
             shuffled = [replace(questions[i], choices=tuple(draw.sample(questions[i].choices, len(questions[i].choices)))) for i in rows]
             prompts = encode([self.prompt(q, said[i]) for q, i in zip(shuffled, rows)])

@@ -36,7 +36,8 @@ def parse_args(argv=None):
     add("--cache", metavar="DIR", default="cache", help="what teachers said, kept for all runs")
     add = parser.add_argument_group("purification").add_argument
     add("--fit-questions", type=int, metavar="N", help="fit the router on N training questions (default: all)")
-    add("--aggregator", metavar="DIR", help="instruction-tuned T5 for aggregate (default: the T5 teacher, tuned first)")
+    add("--aggregator", metavar="DIR", help="instruction-tuned LM for aggregate (default: the T5 teacher, else the student)")
+    add("--tune-aggregator", type=int, metavar="N", help="steps that teach it to aggregate (default: 800 in the micro world, else 0)")
     add("--teacher", type=int, metavar="K", default=0, help="which teacher --purifier single takes, from 0")
     add("--shots", type=int, metavar="N", help="examples in a teacher's prompt (default: 0 for the micro world, else 2)")
     add("--teacher-forcing", action="store_true", help="tell the teachers the answer, as TinyLLM does")
@@ -101,6 +102,8 @@ def check(args):
     args.out = args.out or f"out/{args.purifier}{'-ood' if args.ood else ''}-{args.seed}"
     args.lr = args.lr if args.lr is not None else (3e-3 if args.student == "tiny" else 3e-4)
     args.shots = args.shots if args.shots is not None else (2 if args.data else 0)
+    if args.tune_aggregator is None:
+        args.tune_aggregator = 0 if args.data or args.aggregator else 800
     args.log_agreement = args.data is None  # needs every teacher's scores, which are cheap only in the micro world
 
 
