@@ -95,7 +95,8 @@ def look(args):
     if not settings:
         raise BadInput(f"{args.run}: --show needs a run's folder (out/RUN), not a bare checkpoint")
     chosen = [row for _, row in kp.read_rows(Path(args.run) / "purified.jsonl")]
-    questions, colour = {q.id: q for q in data["train"] + data.get("ood/train", [])}, sys.stdout.isatty() and "NO_COLOR" not in os.environ
+    questions = {q.id: q for q in data["train"] + data.get("ood/train", [])}
+    colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
     shown = random.Random(settings["seed"]).sample([row for row in chosen if row["id"] in questions], min(args.show, len(chosen)))
     asked = argparse.Namespace(**settings)
     teachers = train.open_teachers(asked, train.read_world(asked)[1], data, lambda: (student, tokenizer))

@@ -96,7 +96,8 @@ def read_data(folder):
     if not folder.is_dir():
         raise BadInput(f"{folder}: no such folder; give one with train.jsonl, valid.jsonl and test.jsonl")
     files = sorted(folder.glob("*_train.json")) or [folder / "train.jsonl"]
-    data = {split: read_questions(files[0].with_name(files[0].name.replace("train", split))) for split in ("train", "valid", "test")}
+    named = lambda split: files[0].with_name(files[0].name.replace("train", split))  # noqa: E731
+    data = {split: read_questions(named(split)) for split in ("train", "valid", "test")}
     for file in sorted(folder.glob("ood/*.jsonl")):
         data[f"ood/{file.stem}"] = read_questions(file)
     return data
@@ -181,7 +182,9 @@ def choice_logps(model, tokenizer, prompts, choices, batch_size=64, progress=Non
         tokens, is_token = (x.to(device) for x in pad(flat))
         cache, first = model.prefill(*(x.to(device) for x in pad([ids[row] for row in rows])), tokens.shape[1])
         cache.select(owner)
-        logits = torch.cat((first[owner, None], model.step(tokens[:, :-1], cache)), 1) if tokens.shape[1] > 1 else first[owner, None]  # fmt: skip
+        logits = first[owner, None]  # (choices, 1, V)
+        if tokens.shape[1] > 1:
+            logits = torch.cat((logits, model.step(tokens[:, :-1], cache)), 1)
         logp = -F.cross_entropy(logits.float().transpose(1, 2), tokens, reduction="none")
         logp = iter((logp * is_token).sum(1).tolist())
         for row in rows:

@@ -584,8 +584,11 @@ class Aggregate(Purifier):
             for group in optimizer.param_groups:
                 group["lr"] = self.LR * min((step + 1) / 50, 1 - step / self.args.tune_aggregator)
             rows = [draw.randrange(len(questions)) for _ in range(self.BATCH)]
-            shuffled = [replace(questions[i], choices=tuple(draw.sample(questions[i].choices, len(questions[i].choices)))) for i in rows]
-            prompts = encode([self.prompt(q, said[i]) for q, i in zip(shuffled, rows)])
+            prompts = []
+            for i in rows:
+                choices = draw.sample(questions[i].choices, len(questions[i].choices))
+                prompts.append(self.prompt(replace(questions[i], choices=tuple(choices)), said[i]))
+            prompts = encode(prompts)
             sequence_losses(aggregator, prompts, encode([targets[i] for i in rows])).mean().backward()
             torch.nn.utils.clip_grad_norm_(aggregator.parameters(), 1.0)
             optimizer.step()

@@ -370,7 +370,8 @@ def train(args):
             explained = rationale_losses.mean() if len(rationale_losses) else 0.0
             pending.append(dict(step=step, loss=over_ranks(loss.detach()[None]).mean(), answer=answer_losses.mean(),
                                 rationale=explained, norm=norm, lr=learning_rate(step, args),
-                                tokens=over_ranks(loss.new_tensor([n_tokens])).sum(), padding=1 - n_tokens / n_padded, **noted))  # fmt: skip
+                                tokens=over_ranks(loss.new_tensor([n_tokens])).sum(),
+                                padding=1 - n_tokens / n_padded, **noted))  # fmt: skip
             if step % 20 == 19:
                 flush()
                 bar.set_postfix_str(f"loss {loss.item():.3f}" + (f", valid {valid['mean']:.3f}" if valid else ""))
