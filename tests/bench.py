@@ -1,6 +1,6 @@
 """This project beside `transformers`: the same work, weights and machine, taking turns. Medians of paired runs.
 
-    python tests/bench.py                        # a few minutes on 2 CPU cores; needs transformers, which nothing else does
+    python tests/bench.py                        # 6 minutes on 2 CPU cores; needs transformers, which nothing else does
     python tests/bench.py --device cuda --large  # FLAN-T5-large's and an 8B Llama's shapes, bfloat16
 
 Prints a table and writes it with --out FILE as JSON. Ratio: transformers' seconds / ours, above 1 where we are faster.
@@ -22,6 +22,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import kp  # noqa: E402
 import model as models  # noqa: E402
+from purify import PURIFIERS, World  # noqa: E402
 
 T5_SMALL = dict(model_type="t5", vocab_size=32128, d_model=512, d_kv=64, d_ff=1024, num_layers=8, num_heads=6,
                 feed_forward_proj="gated-gelu", tie_word_embeddings=False)  # fmt: skip
@@ -139,7 +140,7 @@ def generation(config, ours, theirs, device, rounds, batch, n_new):
     return paired(f"{config['model_type']} generates {n_new}, batch {batch}", our_run, their_run, device, rounds, sum(length))
 
 
-def scoring(config, ours, theirs, device, rounds, n=16):
+def scoring(config, ours, theirs, device, rounds, n=8):
     """(c) log p of four choices of n questions; transformers reads prompt and choice together, as people do."""
     rng, V = random.Random(0), config["vocab_size"]
     prompts = [draw(rng, 60, 120, V) for _ in range(n)]
@@ -171,24 +172,57 @@ def loading(config, folder, device, rounds):
                   lambda: kind.from_pretrained(folder, dtype=torch.float32).to(device), device, rounds)  # fmt: skip
 
 
-def teachers(ours, device, rounds, batch=8):
-    """(f) Seconds of a student's step with M teachers: TinyLLM on all M rationales, purified on one."""
-    rng, V, rows = random.Random(0), ours.config["vocab_size"], []
+class Said:
+    """M teachers whose rationales are at hand, so that a student's step is all that is timed."""
+
+    def __init__(self, texts):
+        self.texts = texts
+
+    def __len__(self):
+        return len(self.texts[0])
+
+    def rationales(self, questions, picks):
+        return [self.texts[int(q.id)][m] for q, m in zip(questions, picks)]
+
+
+def teachers(config, ours, device, rounds, batch=2):
+    """(f) A student's step beside M teachers: TinyLLM on all M rationales, purified on one, whatever M is."""
+    rng, V, rows = random.Random(0), config["vocab_size"], []
     encode = lambda texts: [[int(word) for word in text.split() if word.isdigit()] for text in texts]  # noqa: E731
     text = lambda low, high: " ".join(map(str, draw(rng, low, high, V)))  # noqa: E731
-    questions = [kp.Question(str(i), "t", text(50, 100), (text(2, 4), text(2, 4)), 0) for i in range(batch)]
+    questions = [kp.Question(str(i), "t", text(30, 60), (text(2, 4), text(2, 4)), 0) for i in range(batch)]
+    said = [[text(20, 40) for _ in range(8)] for _ in questions]
 
-    def step(m):
-        kp.dual_loss(ours, encode, questions, [[said[q.id][i] for i in range(m)] for q in questions], 1.0)[0].backward()
-        ours.zero_grad(set_to_none=True)
+    def step_of(name, m):
+        world = World(questions, [range(batch)], questions, Said([texts[:m] for texts in said]), None, None)
+        purifier = PURIFIERS[name](argparse.Namespace(seed=0)).fit(world)
 
-    said = {q.id: [text(30, 60) for _ in range(8)] for q in questions}
+        def step():
+            kp.dual_loss(ours, encode, questions, purifier.rationales(0), 1.0)[0].backward()
+            ours.zero_grad(set_to_none=True)
+
+        return step
+
     ours.train()
     for m in (1, 2, 4, 8):
-        rows.append(paired(f"student step, M = {m}: purified | TinyLLM", lambda: step(1), lambda m=m: step(m), device, rounds))
+        rows.append(paired(f"student step, M = {m}: purified | TinyLLM", step_of("random", m), step_of("none", m), device, rounds))
+    rows.append(paired("purified step: M = 1 | M = 8", step_of("random", 1), step_of("random", 8), device, 4 * rounds))
     ours.eval()
-    tqdm.write(f"purified step at M = 8 / at M = 1: {rows[-1]['ours'] / rows[0]['ours']:.2f}")
     return rows
+
+
+def hours(rows):
+    """How teacher and student hours grow, by this machine's tokens/s: 300 tokens read and 128 written a rationale."""
+    speed = {row["name"]: row["tokens_per_second"] for row in rows if row["tokens_per_second"]}
+    write = next(v for k, v in speed.items() if k.startswith("llama generates") and k.endswith("batch 32"))
+    read = next(v for k, v in speed.items() if k.startswith("llama scores"))
+    train = next(v for k, v in speed.items() if k.startswith("training"))
+    print("\nhours, arithmetic from the tokens/s above: teachers of the Llama shape, 3 epochs of the T5 shape")
+    print(f"{'questions':>10}{'teachers':>10}{'processes':>11}{'teachers: TinyLLM':>19}{'router':>9}{'student: TinyLLM':>18}{'router':>9}")
+    for n, m, g in ((1e4, 4, 1), (1e4, 8, 1), (1e5, 4, 1), (1e5, 4, 8), (1e5, 8, 8), (1e6, 8, 64)):
+        one, score, student = n * (300 / read + 128 / write) / 3600, n * 300 / read / 3600, 3 * n * (2 * 150 + 130) / train / 3600
+        row = m * one, m * score + one, student * (150 + m * 280) / 430, student
+        print(f"{n:>10,.0f}{m:>10}{g:>11}{row[0] / g:>19,.1f}{row[1] / g:>9,.1f}{row[2] / g:>18,.1f}{row[3] / g:>9,.1f}")
 
 
 def main():
@@ -212,14 +246,15 @@ def main():
         for config in (t5, llama, {**llama, "model_type": "mistral", "sliding_window": 64}):
             ours, theirs = both(config, Path(folder), args.device, dtype)
             common = config, ours, theirs, args.device, args.rounds
-            if config is t5:
-                rows.append(training(*common, *((32, 512, 128) if args.large else (8, 128, 64))))
-                rows += teachers(ours, args.device, args.rounds)
             rows += [generation(*common, batch, 64) for batch in (1, 8, 32)]
             rows.append(scoring(*common))
             rows.append(loading(config, folder, args.device, args.rounds))
+            if config is t5:  # last, for it changes the weights
+                rows.append(training(*common, *((32, 512, 128) if args.large else (8, 128, 64))))
+                rows += teachers(config, ours, args.device, args.rounds)
             if args.large:
                 report_limits(config, rows, sum(p.numel() for p in ours.parameters()))
+    hours(rows)
     if args.out:
         models.write_json(args.out, dict(chip=chip, torch=torch.__version__, dtype=str(dtype), rows=rows))
 

@@ -108,6 +108,24 @@ def test_bert_hidden_states_and_embeddings():
         close(M.embed(model, tokenizer, texts, batch_size), golden["embeddings"])
 
 
+@pytest.mark.skipif(not M.HAS_ONEDNN, reason="this PyTorch has no oneDNN")
+def test_onednn_products_and_gradients(monkeypatch):
+    monkeypatch.setattr(M, "LARGE", 0)
+    generator = torch.Generator().manual_seed(0)
+    for shape in ((3, 5, 24), (7, 24), (1, 1, 24)):
+        for view in (lambda x: x, lambda x: x.flip(-1).mT.contiguous().mT):  # contiguous, and not
+            x, w = view(torch.randn(shape, generator=generator)), torch.randn(40, 24, generator=generator)
+            g = torch.randn(*shape[:-1], 40, generator=generator).transpose(0, -2).contiguous().transpose(0, -2)
+            leaves, exact = (x.requires_grad_(), w.requires_grad_()), (x.detach().double(), w.detach().double())
+            y, want = M.linear(x, w), exact[0] @ exact[1].T
+            close(y, want.float())
+            close(torch.no_grad()(M.linear)(x, w), want.float())
+            grads = torch.autograd.grad(y, leaves, g)
+            close(grads[0], (g.double() @ exact[1]).float())
+            close(grads[1], (g.double().flatten(0, -2).T @ exact[0].flatten(0, -2)).float())
+    test_decoder_logits("llama-3.1", "left"), test_encoder_decoder_logits("t5", "right"), test_bert_hidden_states_and_embeddings()
+
+
 def test_llama_31_stops_at_each_of_its_end_tokens():
     model, _, golden, rows = load("llama-3.1")
     ends = {r[-1] for r in trimmed(golden["generated"], model.config["eos_token_id"])}
