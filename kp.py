@@ -477,18 +477,20 @@ class Targets:
 
 def sequence_losses(student, inputs, targets):
     """Lists of ids -> mean cross-entropy per target token of each row, (rows,)."""
-    device = device_of(student)
-    ids, mask = (x.to(device, non_blocking=True) for x in pad(inputs))
-    labels, is_token = (x.to(device, non_blocking=True) for x in pad(targets))
+    (ids, mask), (labels, is_token), device = pad(inputs), pad(targets), device_of(student)
     start = torch.full_like(labels[:, :1], student.config["decoder_start_token_id"])
-    decoder_ids, where = torch.cat((start, labels[:, :-1]), 1), is_token.bool()
-    return mean_per_row(student(ids, mask, decoder_ids, where), labels, where)
+    where = is_token.nonzero(as_tuple=True)  # found before the tensors move: nothing waits for the GPU
+    tensors = ids, mask, torch.cat((start, labels[:, :-1]), 1), labels, *where
+    if device.type == "cuda":
+        tensors = (x.pin_memory().to(device, non_blocking=True) for x in tensors)
+    ids, mask, decoder_ids, labels, *where = tensors
+    return mean_per_row(student(ids, mask, decoder_ids, tuple(where)), labels, tuple(where))
 
 
 def mean_per_row(logits, labels, where):
-    """logits (N, V) of the N tokens `where` (B, T) is true, labels (B, T) -> mean cross-entropy per row (B,)."""
-    losses = F.cross_entropy(logits.float(), labels[where], reduction="none")
-    return torch.zeros_like(where, dtype=torch.float).masked_scatter(where, losses).sum(1) / where.sum(1)
+    """logits (N, V) of N tokens, labels (B, T), where = rows (N,) and places (N,) of those -> mean cross-entropy per row (B,)."""
+    losses, zeros = F.cross_entropy(logits.float(), labels[where], reduction="none"), torch.zeros_like(labels, dtype=torch.float)
+    return zeros.index_put(where, losses).sum(1) / zeros.index_put(where, torch.ones_like(losses)).sum(1)
 
 
 def dual_loss(student, encode, questions, rationales, lam, alpha=None):

@@ -346,7 +346,7 @@ class T5(nn.Module):
     def forward(self, input_ids, attention_mask, decoder_input_ids, where=slice(None)):
         """ids (B, S), mask (B, S), decoder ids (B, T), padded on the right -> logits (B, T, V).
 
-        With `where` (B, T) bool: (N, V), only of those N tokens; a loss need not pay for the padding's logits.
+        With `where`, rows and places of N tokens: (N, V), of those alone; a loss need not pay for the padding's logits.
         """
         cross = self.decoder.cross_keys_values(self.encode(input_ids, attention_mask))
         h = self.shared(decoder_input_ids)

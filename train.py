@@ -54,6 +54,7 @@ def parse_args(argv=None):
     add("--eval-every", type=int, default=200, metavar="N", help="steps between evaluations on valid, and checkpoints")
     add("--device", default=None, help="cpu or cuda (default: cuda if there is one)")
     add("--dtype", default=None, choices=("float32", "bfloat16"), help="of the forward pass (default: bfloat16 on cuda)")
+    add("--compile", action="store_true", help="torch.compile the student: minutes at the start, fewer at each step")
     args = parser.parse_args(argv)
     args.command = [a for a in (sys.argv[1:] if argv is None else argv) if a not in ("--resume", "--overwrite")]
     return args
@@ -282,6 +283,7 @@ def load_checkpoint(path, student, optimizer, purifier):
 
 
 def train(args):
+    torch.backends.cuda.matmul.allow_tf32 = True  # where a GPU computes in float32
     (rank, ranks), seconds = join_ranks(args), Stopwatch()
     with seconds("set up"):
         with rank_0_first():
@@ -327,6 +329,8 @@ def train(args):
     if ranks > 1:
         net = torch.nn.parallel.DistributedDataParallel(student)
         net.config = student.config
+    if args.compile:
+        net = torch.compile(net, dynamic=True)
 
     def keep(step):
         flush()

@@ -17,6 +17,7 @@ import json
 import math
 import os
 import random
+import signal
 from pathlib import Path
 
 import torch
@@ -271,7 +272,7 @@ def lm_loss(teacher, tokenizer, prompts, targets):
     whole = [e.ids + [1] for e in tokenizer.encode_batch([f"{p} {t}" for p, t in zip(prompts, targets)])]
     ids, mask = model.pad(whole)
     starts = torch.tensor([len(h) for h in heads])[:, None]
-    where = (torch.arange(1, ids.shape[1]) >= starts) & mask[:, 1:].bool()
+    where = ((torch.arange(1, ids.shape[1]) >= starts) & mask[:, 1:].bool()).nonzero(as_tuple=True)
     return kp.mean_per_row(teacher(ids[:, :-1], mask[:, :-1], where), ids[:, 1:], where).mean()
 
 
@@ -334,6 +335,7 @@ def prepare(seed=0):
 def _share(steps_done):
     global STEPS_DONE
     STEPS_DONE = steps_done
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the main process's to answer
 
 
 def show_report(folder):
