@@ -14,6 +14,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -64,7 +65,7 @@ def kill_until_done(world, folder, purifier, seed, kills, longest):
     """kill -9 at random moments, then --resume, `kills` times; then let it end."""
     rng, done = random.Random(seed), 0
     while done < kills:
-        process, wait = start(*given(world, folder, "--purifier", purifier, "--resume")), rng.uniform(0.1, longest)
+        process, wait = start(*given(world, folder, "--purifier", purifier, "--resume")), rng.uniform(1, longest)
         try:
             process.wait(wait)
             assert process.returncode == 0, process.stderr.read()
@@ -77,61 +78,59 @@ def kill_until_done(world, folder, purifier, seed, kills, longest):
     assert code == 0, error
 
 
-@pytest.mark.parametrize("purifier, kills", [("rl", 7), ("router", 6)])
-def test_kills_at_random_moments_change_nothing(world, tmp_path, purifier, kills):
-    code, _, error = finish(*given(world, tmp_path / "whole", "--purifier", purifier))
+def kills_at_random_moments_change_nothing(world, folder, purifier, kills):
+    began = time.time()
+    code, _, error = finish(*given(world, folder / "whole", "--purifier", purifier))
     assert code == 0, error
-    seed = random.randrange(10**6)
-    print(f"seed {seed}")  # shown if this fails
-    kill_until_done(world, tmp_path / "killed", purifier, seed, kills, longest=6)
-    assert outcome(tmp_path / "killed") == outcome(tmp_path / "whole")
-    assert paid(tmp_path / "killed")[1] == paid(tmp_path / "whole")[1]
+    seed, longest = random.randrange(10**6), time.time() - began
+    kill_until_done(world, folder / "killed", purifier, seed, kills, longest)
+    assert outcome(folder / "killed") == outcome(folder / "whole"), f"seed {seed}"
+    assert paid(folder / "killed")[1] == paid(folder / "whole")[1], f"seed {seed}"
 
 
-@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_signal_saves_and_says_how_to_go_on(world, tmp_path, number, code):
-    arguments = given(world, tmp_path, "--purifier", "rl", "--steps", "400", "--eval-every", "200")
+def a_signal_saves_and_says_how_to_go_on(world, folder, number, code):
+    arguments = given(world, folder, "--purifier", "rl", "--steps", "400", "--eval-every", "200")
     process = start(*arguments)
-    while not (tmp_path / "run" / "metrics.jsonl").exists() or not (tmp_path / "run" / "metrics.jsonl").stat().st_size:
+    while not (folder / "run" / "metrics.jsonl").exists() or not (folder / "run" / "metrics.jsonl").stat().st_size:
         assert process.poll() is None, process.stderr.read()
         time.sleep(0.05)
     process.send_signal(number)
     _, error = process.communicate(timeout=60)
     assert process.returncode == code and "--resume" in error.strip().splitlines()[-1] and "Traceback" not in error
-    steps = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])["step"]
-    assert steps < 399 and (tmp_path / "run" / "checkpoint.safetensors").exists()
+    steps = json.loads((folder / "run" / "metrics.jsonl").read_text().splitlines()[-1])["step"]
+    assert steps < 399 and (folder / "run" / "checkpoint.safetensors").exists()
     code, _, error = finish(*arguments)  # without --resume
     assert code == 2 and "--resume" in error and "--overwrite" in error
 
 
-def test_a_full_disk_ends_in_one_line_and_can_be_gone_on_from(world, tmp_path):
-    code, _, error = finish(*given(world, tmp_path / "whole", "--purifier", "random"))
+def a_full_disk_ends_in_one_line_and_can_be_gone_on_from(world, folder):
+    code, _, error = finish(*given(world, folder / "whole", "--purifier", "random"))
     assert code == 0, error
     full = lambda limit: lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))  # noqa: E731
     for limit in (2000, 500_000):  # full while a teacher writes, full at the first checkpoint
-        code, _, error = finish(*given(world, tmp_path / "full", "--purifier", "random", "--resume"), preexec_fn=full(limit))
+        code, _, error = finish(*given(world, folder / "full", "--purifier", "random", "--resume"), preexec_fn=full(limit))
         line = error.replace("\r", "\n").strip().splitlines()[-1]
         assert code == 2 and line.startswith("error: ") and "make room" in line and "Traceback" not in error
-        assert not list((tmp_path / "full").rglob("*.tmp"))
-    assert finish(*given(world, tmp_path / "full", "--purifier", "random", "--resume"))[0] == 0
-    assert outcome(tmp_path / "full") == outcome(tmp_path / "whole")
+        assert not list((folder / "full").rglob("*.tmp"))
+    assert finish(*given(world, folder / "full", "--purifier", "random", "--resume"))[0] == 0
+    assert outcome(folder / "full") == outcome(folder / "whole")
 
 
-def test_two_runs_share_a_cache_but_not_a_folder(world, tmp_path):
-    a = start(*given(world, tmp_path, "--purifier", "none"))
-    b = start(*given(world, tmp_path, "--purifier", "none", "--out", tmp_path / "run-b"))
-    c = start(*given(world, tmp_path, "--purifier", "random", "--steps", 10**5, "--eval-every", 10**5, "--out", tmp_path / "run-c"))
+def two_runs_share_a_cache_but_not_a_folder(world, folder):
+    a = start(*given(world, folder, "--purifier", "none"))
+    b = start(*given(world, folder, "--purifier", "none", "--out", folder / "run-b"))
+    c = start(*given(world, folder, "--purifier", "random", "--steps", 10**5, "--eval-every", 10**5, "--out", folder / "run-c"))
     for process in (a, b):
         assert process.communicate(timeout=120) and process.returncode == 0
-    weights = [(tmp_path / name / "student" / "model.safetensors").read_bytes() for name in ("run", "run-b")]
+    weights = [(folder / name / "student" / "model.safetensors").read_bytes() for name in ("run", "run-b")]
     assert weights[0] == weights[1]
-    code, _, error = finish(*given(world, tmp_path, "--out", tmp_path / "run-c", "--overwrite"))
+    code, _, error = finish(*given(world, folder, "--out", folder / "run-c", "--overwrite"))
     assert code == 2 and "another run is writing there" in error and c.poll() is None
     c.kill()
     c.communicate()
 
 
-def test_a_killed_preparation_of_the_micro_world_goes_on(tmp_path):
+def a_killed_preparation_of_the_micro_world_goes_on(world, folder):
     """The world with teachers of few steps, in a folder of its own: killed twice, it ends as the one that was not."""
     code = (
         "import sys, pathlib; sys.path.insert(0, {root!r})\n"
@@ -144,11 +143,11 @@ def test_a_killed_preparation_of_the_micro_world_goes_on(tmp_path):
     )
     files = []
     for name, kills in (("whole", 0), ("killed", 2)):
-        here = tmp_path / name / "data" / "micro"
+        here = folder / name / "data" / "micro"
         here.mkdir(parents=True)
         for file in ("facts.tsv", "prepare.py"):
             shutil.copy(ROOT / "data" / "micro" / file, here)
-        script = tmp_path / f"{name}.py"
+        script = folder / f"{name}.py"
         script.write_text(code.format(root=str(ROOT), here=str(here)))
         for i in range(kills):
             process = subprocess.Popen([sys.executable, str(script)], stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL, start_new_session=True)
@@ -156,9 +155,29 @@ def test_a_killed_preparation_of_the_micro_world_goes_on(tmp_path):
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
         subprocess.run([sys.executable, str(script)], check=True, capture_output=True, timeout=100)
-        (folder,) = here.glob("world-3-*")
-        files.append({p.relative_to(folder): p.read_bytes() for p in folder.rglob("*") if p.is_file() and "cache" not in p.parts})
+        (made,) = here.glob("world-3-*")
+        files.append({p.relative_to(made): p.read_bytes() for p in made.rglob("*") if p.is_file() and "cache" not in p.parts})
     assert files[0] == files[1] and len(files[0]) == 1 + 6 + 4 * 4
+
+
+SLOW = [
+    (kills_at_random_moments_change_nothing, "rl", 7), (kills_at_random_moments_change_nothing, "router", 6),
+    (a_killed_preparation_of_the_micro_world_goes_on,), (a_full_disk_ends_in_one_line_and_can_be_gone_on_from,),
+    (two_runs_share_a_cache_but_not_a_folder,), (a_signal_saves_and_says_how_to_go_on, signal.SIGINT, 130),
+    (a_signal_saves_and_says_how_to_go_on, signal.SIGTERM, 143),
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def results(world, tmp_path_factory):
+    """All of SLOW, two at a time, for they mostly wait for a process to start."""
+    with ThreadPoolExecutor(2) as pool:
+        yield [pool.submit(test, world, tmp_path_factory.mktemp(test.__name__), *rest) for test, *rest in SLOW]
+
+
+@pytest.mark.parametrize("number", range(len(SLOW)), ids=["-".join([test.__name__, *map(str, rest)]) for test, *rest in SLOW])
+def test_that(results, number):
+    results[number].result()
 
 
 # ------------------------------------------------------------------------------------------ bad files
@@ -285,10 +304,10 @@ if __name__ == "__main__":  # the soak
 
     with tempfile.TemporaryDirectory() as name:
         folder, world = Path(name), make_world(Path(name) / "world")
-        for number, purifier in enumerate(sys.argv[2:] or ("router", "rl", "none", "plackett-luce", "classifier")):
+        for number, purifier in enumerate(sys.argv[2:] or ("router", "rl", "none", "classifier", "aggregate")):
             began = time.time()
             assert finish(*given(world, folder / f"whole-{purifier}", "--purifier", purifier))[0] == 0
-            kill_until_done(world, folder / f"killed-{purifier}", purifier, number, 20, longest=8)
+            kill_until_done(world, folder / f"killed-{purifier}", purifier, number, 20, longest=time.time() - began)
             assert outcome(folder / f"killed-{purifier}") == outcome(folder / f"whole-{purifier}")
             twice = paid(folder / f"killed-{purifier}")
             print(f"{purifier}: 20 kills, same bits; {twice[0]} answers of teachers paid for, {twice[1]} different; {time.time() - began:.0f} s", flush=True)
