@@ -55,7 +55,7 @@ import kp
 import model as models
 import train
 from data.micro import prepare
-from kp import BadInput
+from model import BadInput, require
 from purify import PURIFIERS
 
 # ------------------------------------------------------------------------------------------ one student
@@ -64,16 +64,13 @@ from purify import PURIFIERS
 def open_run(args):
     """-> (settings of the run, {} for a bare checkpoint; data; student; tokenizer)."""
     folder, settings = Path(args.run), {}
-    if not folder.is_dir():
-        raise BadInput(f"{folder}: no such folder; give a run (out/RUN) or a checkpoint folder")
+    require(folder.is_dir(), f"{folder}: no such folder; give a run (out/RUN) or a checkpoint folder")
     if (folder / "purified.jsonl").exists() or (folder / "metrics.jsonl").exists():
-        if not (folder / "result.json").exists():
-            raise BadInput(f"{folder}: this run is not finished; go on with train.py ... --resume")
+        require((folder / "result.json").exists(), f"{folder}: this run is not finished; go on with train.py ... --resume")
         settings, folder = models.read_json(folder / "config.json"), folder / "student"
     data = kp.read_data(args.data or settings.get("data") or prepare.prepare(settings.get("world", 0)))
     student, tokenizer = models.load(folder, args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    if not isinstance(student, models.T5):
-        raise BadInput(f"{folder}: a student is a T5; this is a {student.config['model_type']}")
+    require(isinstance(student, models.T5), f"{folder}: a student is a T5; this is a {student.config['model_type']}")
     return settings, data, student, tokenizer
 
 
@@ -83,47 +80,39 @@ def evaluate(args):
     return {split: kp.accuracy(student, tokenizer, data[split]) for split in ("test", "ood/test") if split in data}
 
 
-def print_accuracies(accuracies):
-    for split, accuracy in accuracies.items():
-        print(f"  {'out of domain' if split == 'ood/test' else 'test accuracy':<16}" + "".join(f"{t:>11}" for t in accuracy))
-        print(" " * 18 + "".join(f"{share:>11.3f}" for share in accuracy.values()))
-
-
 def look(args):
     """For some training questions: what each teacher wrote, what the student was given, what it says now."""
     settings, data, student, tokenizer = open_run(args)
-    if not settings:
-        raise BadInput(f"{args.run}: --show needs a run's folder (out/RUN), not a bare checkpoint")
+    require(settings, f"{args.run}: --show needs a run's folder (out/RUN), not a bare checkpoint")
     chosen = [row for _, row in kp.read_rows(Path(args.run) / "purified.jsonl")]
     questions = {q.id: q for q in data["train"] + data.get("ood/train", [])}
-    colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
-    shown = random.Random(settings["seed"]).sample([row for row in chosen if row["id"] in questions], min(args.show, len(chosen)))
+    known = [row for row in chosen if row["id"] in questions]
+    shown = random.Random(settings["seed"]).sample(known, max(0, min(args.show, len(known))))
     asked = argparse.Namespace(**settings)
     teachers = train.open_teachers(asked, train.read_world(asked)[1], data, lambda: (student, tokenizer))
+    colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
 
-    def line(label, text, right=None, strong=False):
-        mark = " " if right is None else "+" if right else "-"
+    def line(label, text, right=None, code="0"):
+        mark, code = {None: (" ", code), True: ("+", "32"), False: ("-", "31")}[right]
         label = f"{mark} {label[:22]:<22} "
         text = textwrap.fill(kp.printable(text), 100, initial_indent=label, subsequent_indent=" " * len(label))
-        code = {None: "1" if strong else "0", True: "32", False: "31"}[right]
         print(f"\033[{code}m{text}\033[0m" if colour else text)
 
     for row in shown:
         q = questions[row["id"]]
-        gold = q.choices[q.answer]
         print("-" * 100)
-        line(q.task, kp.ask(q), strong=True)
-        line("right answer", gold)
+        line(q.task, kp.ask(q), code="1")
+        line("right answer", q.choices[q.answer])
         for m, name in enumerate(teachers.names):
+            given = f" P={row['probabilities'][m]:.2f}" if row["probabilities"] else ""
             (text,) = teachers.rationales([q], [m])
-            given = "" if not row["probabilities"] else f" P={row['probabilities'][m]:.2f}"
             line(f"{name}{given}", text, kp.conclusion(text, q.choices) == q.answer)
         for text in row["rationales"]:
             line("=> student learnt", text, kp.conclusion(text, q.choices) == q.answer)
         (logps,) = kp.choice_logps(student, tokenizer, [kp.predict_prompt(q)], [q.choices])
-        guess = max(range(len(logps)), key=logps.__getitem__)
+        guess = logps.index(max(logps))
         line("student answers", q.choices[guess], guess == q.answer)
-        ids, mask = models.pad([tokenizer.encode(kp.explain_prompt(q)).ids])
+        ids, mask = (x.to(models.device_of(student)) for x in models.pad([tokenizer.encode(kp.explain_prompt(q)).ids]))
         text = tokenizer.decode(student.generate(ids, mask, settings["max_new_tokens"])[0].tolist()).strip()
         line("student explains", text, kp.conclusion(text, q.choices) == q.answer)
     print("-" * 100 + "\n+ concludes on the right answer   - on another   => what the purifier gave to the student")
@@ -138,15 +127,14 @@ def folder_of(args, label, seed):
 
 def run_all(args, jobs):
     """jobs {label: train.py's arguments} x seeds -> {label: [result of each seed]}. What is done is not done again."""
-    seeds, todo, results = range(1 if args.quick else args.seeds), [], {}
-    steps = 200 if args.quick else args.steps
+    steps, todo, results = 200 if args.quick else args.steps, [], {label: [] for label in jobs}
     for label, arguments in jobs.items():
-        for seed in seeds:
+        for seed in range(1 if args.quick else args.seeds):
             out = folder_of(args, label, seed)
             asked = [*map(str, arguments), *(["--steps", str(steps)] if steps else []), "--world", str(args.world)]
             asked += ["--seed", str(seed), "--out", str(out)]
             same = (out / "config.json").exists() and models.read_json(out / "config.json").get("command") == asked
-            results.setdefault(label, []).append(out / "result.json")
+            results[label].append(out / "result.json")
             if not (same and (out / "result.json").exists()):
                 todo.append([*asked, "--resume" if same else "--overwrite"])
     prepare.prepare(args.world)  # once, not in every run
@@ -159,8 +147,7 @@ def run_all(args, jobs):
             raise BadInput(f"train.py {' '.join(asked)} failed: {done.stderr.strip().splitlines()[-1]}")
 
     with ThreadPoolExecutor(args.jobs) as pool:
-        for _ in tqdm(pool.map(run, todo), "runs", len(todo), unit="run"):
-            pass
+        list(tqdm(pool.map(run, todo), "runs", len(todo), unit="run"))
     return {label: [models.read_json(path) for path in paths] for label, paths in results.items()}
 
 
@@ -201,28 +188,33 @@ def publish(args, name, header, rows, results):
 
 def result_rows(results):
     """One row a label: accuracies in %, tokens in thousands, seconds of training."""
-    tasks = list(next(iter(results.values()))[0]["accuracy"])
-    ood = list(next(iter(results.values()))[0]["ood"])
-    header = ["", *tasks, *(f"{t} (ood)" for t in ood), "teachers wrote k", "all read k", "student k", "train s"]
+    first = next(iter(results.values()))[0]
+    shares = [(split, task) for split in ("accuracy", "ood") for task in first[split]]
+    header = ["", *first["accuracy"], *(f"{task} (ood)" for task in first["ood"])]
+    header += ["teachers wrote k", "all read k", "student k", "train s"]
     rows = []
     for label, runs in results.items():
-        cells = [spread([r["accuracy"][t] for r in runs]) for t in tasks] + [spread([r["ood"][t] for r in runs]) for t in ood]
         cost = [[total(r, "wrote") for r in runs], [total(r, "read") for r in runs], [r["student_tokens"] for r in runs]]
+        cells = [spread([r[split][task] for r in runs]) for split, task in shares]
         cells += [f"{statistics.mean(c) / 1000:,.0f}" for c in cost]
         rows.append([label, *cells, f"{statistics.mean(r['seconds']['train'] for r in runs):.0f}"])
     return header, rows
+
+
+def measure(args, name, jobs):
+    """Run these jobs and publish a row of each."""
+    results = run_all(args, jobs)
+    publish(args, name, *result_rows(results), results)
+    return results
 
 
 def table(args):
     """The paper's main table: every purifier and control."""
     jobs = {}
     for name in PURIFIERS:
-        if name == "single":
-            jobs |= {f"single-{t}": ["--purifier", name, "--teacher", m] for m, t in enumerate(prepare.TEACHERS)}
-        else:
-            jobs[name] = ["--purifier", name]
-    results = run_all(args, jobs)
-    publish(args, "table", *result_rows(results), results)
+        each = {f"single-{t}": ["--purifier", name, "--teacher", m] for m, t in enumerate(prepare.TEACHERS)}
+        jobs |= each if name == "single" else {name: ["--purifier", name]}
+    results = measure(args, "table", jobs)
     singles = [runs for label, runs in results.items() if label.startswith("single-")]
     best = max(singles, key=lambda runs: statistics.mean(r["valid"]["mean"] for r in runs))  # by valid, not by test
     against = {"TinyLLM": results["none"], "random": results["random"], "best single": best}
@@ -233,31 +225,25 @@ def table(args):
 
 def ood(args):
     """Purifiers fitted on the in-domain tasks only choose the rationales of tasks that they never saw."""
-    names = [name for name in PURIFIERS if name != "single"]
-    results = run_all(args, {f"ood-{name}": ["--purifier", name, "--ood"] for name in names})
-    publish(args, "ood", *result_rows(results), results)
+    measure(args, "ood", {f"ood-{name}": ["--purifier", name, "--ood"] for name in PURIFIERS if name != "single"})
 
 
 def fit_curve(args):
     """What a router needs beforehand: accuracy and tokens when it is fitted on fewer questions."""
     jobs = {f"router-fit-{n}": ["--purifier", "router", "--fit-questions", n] for n in (250, 1000)}
-    results = run_all(args, {**jobs, "router": ["--purifier", "router"]})
-    publish(args, "fit-curve", *result_rows(results), results)
+    measure(args, "fit-curve", {**jobs, "router": ["--purifier", "router"]})
 
 
 def conflict(args):
     """Accuracy against the number of teachers (the paper's first figure), and the conflict meter."""
     names, jobs = list(prepare.TEACHERS), {}
     for n in range(1, len(names) + 1):
-        for purifier in ("none", "router") if n > 1 else ("none",):
+        for purifier in ("none", "router")[:n]:  # of one teacher there is nothing to choose
             given = ["--teachers", *names[:n]] if n < len(names) else []
             jobs[f"{purifier}-{n}-teachers" if given else purifier] = ["--purifier", purifier, *given]
-    results = run_all(args, jobs)
-    publish(args, "conflict", *result_rows(results), results)
-    rows = []
+    results, rows = measure(args, "conflict", jobs), []
     for purifier in ("none", "router"):
-        for label, same_question, same_answer in conflict_meter(folder_of(args, purifier, 0)):
-            rows.append([f"{purifier}: {label}", same_question, same_answer])
+        rows += [[f"{purifier}: {label}", *cosines] for label, *cosines in conflict_meter(folder_of(args, purifier, 0))]
     publish(args, "conflict-meter", ["rationales, student", "same question", "same answer"], rows, rows)
     return results
 
@@ -269,36 +255,34 @@ def conflict_meter(run, n_pairs=64):
     questions with the same right answer, a rationale of each. 1: they teach the same; 0: unrelated; below 0: opposed.
     Measured on n_pairs pairs before training (the student's first weights) and after it. -> rows of text.
     """
-    settings, rng = models.read_json(run / "config.json"), random.Random(0)
-    data = kp.read_data(settings["data"] or prepare.prepare(settings["world"]))
+    asked, rng = argparse.Namespace(**models.read_json(run / "config.json")), random.Random(0)
+    data, _, t5 = train.read_world(asked)
     given = {row["id"]: row["rationales"] for _, row in kp.read_rows(run / "purified.jsonl")}
-    questions = [q for q in data["train"] if given.get(q.id)]
     by_answer = {}
-    for q in questions:
-        by_answer.setdefault((q.task, q.choices[q.answer]), []).append(q)
+    for q in data["train"]:
+        if given.get(q.id):
+            by_answer.setdefault((q.task, q.choices[q.answer]), []).append(q)
     groups = [g for g in by_answer.values() if len(g) > 1]
     pairs = [rng.sample(rng.choice(groups), 2) for _ in range(n_pairs)]
 
-    asked = argparse.Namespace(**settings)
-    first = train.load_student(asked, train.read_world(asked)[2], map(kp.explain_prompt, data["train"]))
-    for label, (student, tokenizer) in (("before training", first), ("after training", models.load(run / "student"))):
-        encode = kp.Targets(tokenizer)
-
-        def gradient(q, text, student=student, encode=encode):
+    def cosine(student, encode, *two):
+        gradients = []
+        for q, text in two:
             student.zero_grad()
             kp.sequence_losses(student, encode([kp.explain_prompt(q)]), encode([text])).sum().backward()
-            return torch.cat([p.grad.flatten() for p in student.parameters() if p.grad is not None])
+            gradients.append(torch.cat([p.grad.flatten() for p in student.parameters() if p.grad is not None]))
+        return F.cosine_similarity(*gradients, dim=0).item()
 
-        def cosine(a, b, gradient=gradient):
-            return F.cosine_similarity(gradient(*a), gradient(*b), dim=0).item()
-
-        own = [cosine((q, r), (q, s)) for q, _ in pairs for r, s in combinations(given[q.id], 2)]
-        same = [cosine((p, rng.choice(given[p.id])), (q, rng.choice(given[q.id]))) for p, q in pairs]
+    first = train.load_student(asked, t5, map(kp.explain_prompt, data["train"]))
+    for label, (student, tokenizer) in (("before training", first), ("after training", models.load(run / "student"))):
+        encode = kp.Targets(tokenizer)
+        own = [cosine(student, encode, (q, r), (q, s)) for q, _ in pairs for r, s in combinations(given[q.id], 2)]
+        same = [cosine(student, encode, *((q, rng.choice(given[q.id])) for q in pair)) for pair in pairs]
         yield label, f"{statistics.mean(own):.3f}" if own else "", f"{statistics.mean(same):.3f}"
 
 
-def plot(args, conflict_results=None, table_results=None):
-    """Accuracy against the number of teachers, or against what the teachers wrote; error bars are standard deviations."""
+def plot(args, results):
+    """The main table: accuracy against tokens; else against the number of teachers. Error bars are standard deviations."""
     try:
         import matplotlib
     except ImportError:
@@ -307,20 +291,21 @@ def plot(args, conflict_results=None, table_results=None):
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(6, 4))
-    if conflict_results:
-        for purifier, style in (("none", "s--"), ("router", "o-")):
-            points = {len(runs[0]["teachers"]): runs for runs in conflict_results.values() if runs[0]["purifier"] == purifier}
-            ys = [[100 * r["accuracy"]["mean"] for r in points[n]] for n in sorted(points)]
-            error = [deviation(y) for y in ys]
-            label = "TinyLLM (all rationales)" if purifier == "none" else "router (one rationale)"
-            axes.errorbar(sorted(points), [statistics.mean(y) for y in ys], error, fmt=style, color="black", capsize=4, label=label)
-        axes.set(xlabel="teachers", xticks=[1, 2, 3, 4])
-    else:
-        for marker, (label, runs) in zip("osv^<>DPX*hd8p1234", table_results.items()):
-            y = [100 * r["accuracy"]["mean"] for r in runs]
-            x = statistics.mean(total(r, "wrote", "read") + r["student_tokens"] for r in runs) / 1e6
-            axes.errorbar([x], [statistics.mean(y)], [deviation(y)], fmt=marker, color="black", mfc="none", capsize=3, label=label)
+
+    def draw(points, **style):  # {x: runs}
+        ys = [[100 * r["accuracy"]["mean"] for r in runs] for _, runs in sorted(points.items())]
+        axes.errorbar(sorted(points), [statistics.mean(y) for y in ys], [deviation(y) for y in ys], color="black", **style)
+
+    if args.table:
+        for marker, (label, runs) in zip("osv^<>DPX*hd8p1234", results.items()):
+            tokens = statistics.mean(total(r, "wrote", "read") + r["student_tokens"] for r in runs) / 1e6
+            draw({tokens: runs}, fmt=marker, mfc="none", capsize=3, label=label)
         axes.set(xlabel="tokens read, written and trained on (millions)")
+    else:
+        for purifier, fmt, label in (("none", "s--", "TinyLLM (all rationales)"), ("router", "o-", "router (one rationale)")):
+            points = {len(runs[0]["teachers"]): runs for runs in results.values() if runs[0]["purifier"] == purifier}
+            draw(points, fmt=fmt, capsize=4, label=label)
+        axes.set(xlabel="teachers", xticks=[1, 2, 3, 4])
     axes.set_ylabel("mean in-domain test accuracy (%)")
     axes.legend(fontsize=7, frameon=False)
     figure.tight_layout()
@@ -329,15 +314,12 @@ def plot(args, conflict_results=None, table_results=None):
 
 
 def main(args):
-    if args.plot and (args.table or args.conflict):
-        plot_results = {"table_results": table(args)} if args.table else {"conflict_results": conflict(args)}
-        return plot(args, **plot_results)
-    for name, measure in (("table", table), ("conflict", conflict), ("ood", ood), ("fit_curve", fit_curve)):
-        if getattr(args, name):
-            return measure(args)
-    if args.run is None:
-        raise BadInput("nothing to do: give a run's folder, or one of --table, --conflict, --ood, --fit-curve")
-    look(args) if args.show else print_accuracies(evaluate(args))
+    for measurement in (table, conflict, ood, fit_curve):
+        if getattr(args, measurement.__name__):
+            results = measurement(args)
+            return plot(args, results) if args.plot and measurement in (table, conflict) else None
+    require(args.run is not None, "nothing to do: give a run's folder, or one of --table, --conflict, --ood, --fit-curve")
+    look(args) if args.show else train.print_accuracies(evaluate(args))
 
 
 if __name__ == "__main__":

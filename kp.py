@@ -1,8 +1,8 @@
 """The method's nouns: questions, prompts, teachers who score and explain, and the student's dual loss.
 
-A multiple-choice `Question` goes to M `Teachers`. Each can `score` it (how probable does it find the right
-choice? cheap: nothing is generated) and write a rationale for it (expensive: so it is written only when a
-purifier asks for it, and kept on disk for ever). The student learns from both with one loss,
+A multiple-choice `Question` goes to M `Teachers`. Each can score it (how probable does it find the right choice?
+cheap: nothing is generated) and write a rationale for it (expensive: so it is written only when a purifier asks
+for it, and kept on disk for ever). The student learns from both with one loss,
 
     L_MTKD-KP = L_PR(answer | q) + lambda * L_DL(rationale | q)          (arXiv 2602.01064; TinyLLM, 2402.04616)
 
@@ -24,8 +24,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from tokenizers import Tokenizer
-from tokenizers.decoders import ByteLevel as ByteLevelDecoder
+from tokenizers import Tokenizer, decoders
 from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import ByteLevel
 from tokenizers.processors import TemplateProcessing
@@ -33,9 +32,11 @@ from tokenizers.trainers import BpeTrainer
 from tqdm import tqdm
 
 import model as models
-from model import BadInput, by_length, device_of, pad
+from model import BadInput, by_length, device_of, pad, require
 
 # -------------------------------------------------------------------------------------------- questions
+
+LETTERS = "abcdefghij"  # of the choices
 
 
 @dataclass(frozen=True)
@@ -70,37 +71,31 @@ def read_questions(path):
     for where, row in read_rows(path):
         row = row if isinstance(row, dict) else {}
         text, choices, answer = row.get("text", row.get("question")), row.get("choices"), row.get("answer")
-        if not isinstance(text, str) or not text.strip():
-            raise BadInput(f"{where}: no question; each needs text, choices and answer")
-        if not isinstance(choices, list) or not 2 <= len(choices) <= 10 or not all(isinstance(c, str) and c for c in choices):
-            raise BadInput(f"{where}: choices must be a list of 2 to 10 texts")
+        require(isinstance(text, str) and text.strip(), f"{where}: no question; each needs text, choices and answer")
+        listed = isinstance(choices, list) and 2 <= len(choices) <= 10 and all(isinstance(c, str) and c for c in choices)
+        require(listed, f"{where}: choices must be a list of 2 to 10 texts")
         if isinstance(answer, str):
-            names = choices if answer in choices else "ABCDEFGHIJ"[: len(choices)]
+            names = choices if answer in choices else LETTERS.upper()[: len(choices)]
             answer = names.index(answer) if answer in names and answer else answer
-        if type(answer) is not int or not 0 <= answer < len(choices):
-            raise BadInput(f"{where}: the answer {answer!r} is not among the {len(choices)} choices; give its text or index")
+        known = type(answer) is int and 0 <= answer < len(choices)
+        require(known, f"{where}: the answer {answer!r} is not among the {len(choices)} choices; give its text or index")
         task = str(row.get("task", Path(path).resolve().parent.name))
         questions.append(Question(str(row.get("id", len(questions))), task, text, tuple(choices), answer))
-    if not questions:
-        raise BadInput(f"{path}: holds no question; write one a line")
+    require(questions, f"{path}: holds no question; write one a line")
     return questions
 
 
 def read_data(folder):
-    """A folder with train, valid and test.jsonl, and perhaps the same under ood/ -> {split: [Question]}.
+    """A folder with train, valid and test.jsonl, and perhaps ood/train, ood/valid and ood/test.jsonl -> {split: [Question]}.
 
     Or a folder in TinyLLM's layout: NAME_train.json, NAME_valid.json, NAME_test.json (and llm/, see ReadyMade).
-    The out-of-domain splits are named ood/train, ood/valid, ood/test; only ood/test need exist.
     """
     folder = Path(folder)
-    if not folder.is_dir():
-        raise BadInput(f"{folder}: no such folder; give one with train.jsonl, valid.jsonl and test.jsonl")
-    files = sorted(folder.glob("*_train.json")) or [folder / "train.jsonl"]
-    named = lambda split: files[0].with_name(files[0].name.replace("train", split))  # noqa: E731
-    data = {split: read_questions(named(split)) for split in ("train", "valid", "test")}
-    for file in sorted(folder.glob("ood/*.jsonl")):
-        data[f"ood/{file.stem}"] = read_questions(file)
-    return data
+    require(folder.is_dir(), f"{folder}: no such folder; give one with train.jsonl, valid.jsonl and test.jsonl")
+    train = min(folder.glob("*_train.json"), default=folder / "train.jsonl")
+    files = {split: train.with_name(train.name.replace("train", split)) for split in ("train", "valid", "test")}
+    files |= {f"ood/{file.stem}": file for file in sorted(folder.glob("ood/*.jsonl"))}
+    return {split: read_questions(file) for split, file in files.items()}
 
 
 # ---------------------------------------------------------------------------------------------- prompts
@@ -113,7 +108,7 @@ def printable(text):
 
 def ask(q):
     """The question with its choices, as teacher and student both read it."""
-    return q.text + "".join(f" ({'abcdefghij'[i]}) {choice}" for i, choice in enumerate(q.choices))
+    return q.text + "".join(f" ({letter}) {choice}" for letter, choice in zip(LETTERS, q.choices))
 
 
 def predict_prompt(q):
@@ -135,25 +130,21 @@ def rationale_prompt(q, examples=(), tell_answer=False):
     return score_prompt(q, examples).removesuffix(" Answer:") + told + " Let's think step by step."
 
 
-# How chat models want to be addressed; <s> or <|begin_of_text|> is the tokenizer's to add.
-INST = "[INST] {} [/INST]"
-HEADERS = "<|start_header_id|>user<|end_header_id|>\n\n{}<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n"
-
-
 def chat_format(folder, tokenizer):
-    """Llama-3's, or Llama-2's and Mistral's; "{}" for T5 and base models, which have no chat template."""
+    """How a chat model is addressed: Llama-3, or Llama-2 and Mistral; "{}" for T5 and base models, without chat template."""
     file, template = folder / "tokenizer_config.json", (folder / "chat_template.jinja").exists()
     if not template and not (file.exists() and models.read_json(file).get("chat_template")):
         return "{}"
-    return INST if tokenizer.token_to_id("<|start_header_id|>") is None else HEADERS
+    if tokenizer.token_to_id("<|start_header_id|>") is None:
+        return "[INST] {} [/INST]"  # behind <s>, which is the tokenizer's to add
+    return "<|start_header_id|>user<|end_header_id|>\n\n{}<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n"
 
 
 def conclusion(rationale, choices):
     """The index of the choice that a rationale ends on ("... the answer is X"), or None. Letters count too."""
     tail = re.split(r"answer is:?", rationale, flags=re.IGNORECASE)[-1].strip(" .\"'").lower()
-    letter = re.match(r"\(?([a-j])\)", tail)
-    if letter and ord(letter[1]) - ord("a") < len(choices):
-        return ord(letter[1]) - ord("a")
+    if letter := re.match(rf"\(?([{LETTERS[: len(choices)]}])\)", tail):
+        return LETTERS.index(letter[1])
     named = [i for i, c in enumerate(choices) if tail.startswith(c.lower())]
     return max(named, key=lambda i: len(choices[i])) if named else None
 
@@ -168,11 +159,11 @@ def continuation(tokenizer, prompt, text):
 
 
 @torch.no_grad()
-def choice_logps(model, tokenizer, prompts, choices, batch_size=64, progress=None):
+def choice_logps(model, tokenizer, prompts, choices, batch_size=64, bar=None):
     """log p(choice | prompt) of every choice: a list of N lists. Each prompt is read once, not once per choice."""
-    encoder_decoder, device, out = hasattr(model, "encode"), device_of(model), [None] * len(prompts)
+    device, out = device_of(model), [None] * len(prompts)
     ids = [e.ids for e in tokenizer.encode_batch(prompts)]
-    if encoder_decoder:
+    if hasattr(model, "encode"):  # an encoder-decoder
         tails = [[e.ids for e in tokenizer.encode_batch(list(c))] for c in choices]
     else:
         tails = [[continuation(tokenizer, p, c) for c in cs] for p, cs in zip(prompts, choices)]
@@ -185,22 +176,21 @@ def choice_logps(model, tokenizer, prompts, choices, batch_size=64, progress=Non
         logits = first[owner, None]  # (choices, 1, V)
         if tokens.shape[1] > 1:
             logits = torch.cat((logits, model.step(tokens[:, :-1], cache)), 1)
-        logp = -F.cross_entropy(logits.float().transpose(1, 2), tokens, reduction="none")
-        logp = iter((logp * is_token).sum(1).tolist())
+        logp = -F.cross_entropy(logits.float().transpose(1, 2), tokens, reduction="none") * is_token
+        logp = iter(logp.sum(1).tolist())
         for row in rows:
             out[row] = [next(logp) for _ in tails[row]]
-        if progress:
-            progress(rows, out)
+        if bar is not None:
+            bar.update(len(rows))
     return out
 
 
-def accuracy(model, tokenizer, questions, batch_size=64):
+def accuracy(model, tokenizer, questions):
     """The share of questions, per task and as "mean" over tasks, whose right choice is the likeliest answer."""
     model.eval()
-    logps = choice_logps(model, tokenizer, [predict_prompt(q) for q in questions], [q.choices for q in questions], batch_size)
-    right, total = Counter(), Counter(q.task for q in questions)
-    for q, lp in zip(questions, logps):
-        right[q.task] += max(range(len(lp)), key=lp.__getitem__) == q.answer
+    logps = choice_logps(model, tokenizer, [predict_prompt(q) for q in questions], [q.choices for q in questions])
+    total = Counter(q.task for q in questions)
+    right = Counter(q.task for q, lp in zip(questions, logps) if lp.index(max(lp)) == q.answer)
     shares = {task: right[task] / n for task, n in total.items()}
     return {**shares, "mean": sum(shares.values()) / len(shares)}
 
@@ -212,8 +202,7 @@ def fingerprint(folder):
     """sha256 over everything of a checkpoint that decides what it says."""
     digest = hashlib.sha256()
     for file in [folder / "config.json", folder / "tokenizer.json", *models.weight_files(folder)]:
-        if not file.exists():
-            raise BadInput(f"{file}: no such file; a teacher is a folder with config.json, tokenizer.json and safetensors")
+        require(file.exists(), f"{file}: no such file; a teacher is a folder with config.json, tokenizer.json and safetensors")
         with open(file, "rb") as f:
             while chunk := f.read(1 << 24):
                 digest.update(chunk)
@@ -252,18 +241,16 @@ class Teachers:
     def __init__(self, folders, cache, asking=None, examples=()):
         self.folders, self.asking, self.examples = [Path(f) for f in folders], asking or Asking(), examples
         for f in self.folders:
-            if not f.is_dir():
-                raise BadInput(f"{f}: no such folder; --teachers takes checkpoint folders")
-            kind = models.read_json(f / "config.json").get("model_type")
-            if kind not in ("t5", "llama", "mistral"):
-                raise BadInput(f"{f / 'config.json'}: model_type {kind!r} cannot teach; take a t5, llama or mistral")
+            require(f.is_dir(), f"{f}: no such folder; --teachers takes checkpoint folders")
+            kind = models.read_config(f).get("model_type")
+            why = f"{f / 'config.json'}: model_type {kind!r} cannot teach; take a t5, llama or mistral"
+            require(kind in ("t5", "llama", "mistral"), why)
         self.names = [f.name for f in self.folders]
         self.files = [Path(cache) / fingerprint(f)[:16] / "said.jsonl" for f in self.folders]
         self.said = [self._recall(f) for f in self.files]
-        self.loaded, self.manner, self.told = {}, {}, set()
+        self.loaded, self.manner, self.told = {}, {}, False
         self.counted, self.ledger = set(), Counter()
-        size = sum(w.stat().st_size for f in self.folders for w in models.weight_files(f))
-        self.keep_all = size < 2**30  # small teachers stay in memory together, large ones take turns
+        self.size = sum(w.stat().st_size for f in self.folders for w in models.weight_files(f))
 
     def __len__(self):
         return len(self.folders)
@@ -276,31 +263,35 @@ class Teachers:
                 record = json.loads(line)
             except ValueError:
                 continue
-            if record.get("format") != FORMAT:
-                raise BadInput(f"{file}:{number}: format {record.get('format')!r}, this code reads {FORMAT}; give another --cache")
+            found = record.get("format")
+            require(found == FORMAT, f"{file}:{number}: format {found!r}, this code reads {FORMAT}; give another --cache")
             records[record["key"]] = record
         return records
 
     def model(self, m):
         if m not in self.loaded:
-            if not self.keep_all:
+            if self.size >= 2**30:  # small teachers stay in memory together, large ones take turns
                 self.loaded.clear()
             self.loaded[m] = models.load(self.folders[m], self.asking.device, self.asking.dtype)
         return self.loaded[m]
+
+    def _manner(self, m):
+        """How teacher m reads: tokenizer, its special tokens, tokens that a prompt may have, chat format."""
+        if m not in self.manner:
+            config = models.read_config(self.folders[m])
+            tokenizer = models.load_tokenizer(self.folders[m] / "tokenizer.json", config.get("vocab_size", 2**31))
+            special = [t.content for t in tokenizer.get_added_tokens_decoder().values() if t.special]
+            room = config.get("max_position_embeddings", config.get("n_positions", 512))
+            room -= 0 if config["model_type"] == "t5" else self.asking.max_new_tokens
+            self.manner[m] = tokenizer, special, room, chat_format(self.folders[m], tokenizer)
+        return self.manner[m]
 
     def _prompts(self, m, questions, prompt):
         """Prompts as teacher m wants them. Examples are drawn per question, from its own task, by seed and id.
 
         What is too long loses examples, never the question. The text of a special token is no such token.
         """
-        if m not in self.manner:
-            config = models.read_json(self.folders[m] / "config.json")
-            tokenizer = models.load_tokenizer(self.folders[m] / "tokenizer.json", config["vocab_size"])
-            special = [t.content for t in tokenizer.get_added_tokens_decoder().values() if t.special]
-            room = config.get("max_position_embeddings", config.get("n_positions", 512))
-            room -= 0 if config["model_type"] == "t5" else self.asking.max_new_tokens
-            self.manner[m] = tokenizer, special, room, chat_format(self.folders[m], tokenizer)
-        (tokenizer, special, room, chat), prompts, how = self.manner[m], [], self.asking
+        (tokenizer, special, room, chat), prompts, how = self._manner(m), [], self.asking
         for q in questions:
             others = [e for e in self.examples if e.task == q.task and e.id != q.id] if how.shots else []
             others = random.Random(f"{how.seed} {q.id}").sample(others, min(how.shots, len(others)))
@@ -308,47 +299,49 @@ class Teachers:
                 text = prompt(q, others)
                 for token in special:
                     text = text.replace(token, "")
-                text = chat.format(text) if chat != "{}" else text
+                text = chat.format(text)
                 if not others or len(text.encode()) < room or len(tokenizer.encode(text).ids) <= room:
                     break
                 others = others[1:]
-                if "examples" not in self.told:
-                    self.told.add("examples")
+                if not self.told:
                     tqdm.write(f"{self.names[m]} reads {room} tokens at most: examples are left out of longer prompts", sys.stderr)
+                    self.told = True
             prompts.append(text)
         return prompts
 
-    def _answers(self, m, kind, prompts, extras, compute):
-        """Records for these prompts; `compute(model, tokenizer, rows, save)` makes the ones not said before."""
-        keys = [hashlib.sha256(json.dumps([kind, p, e]).encode()).hexdigest()[:32] for p, e in zip(prompts, extras)]
+    def _answers(self, m, kind, questions, prompt, extra, compute, count=True):
+        """What teacher m says when asked prompt(q, examples): a record a question, known by the prompt and extra(q).
+
+        `compute(model, tokenizer, questions, prompts, their ids)` makes a batch of those that were not said before.
+        """
+        prompts, said, records = self._prompts(m, questions, prompt), self.said[m], []
+        keys = [hashlib.sha256(json.dumps([kind, p, extra(q)]).encode()).hexdigest()[:32] for p, q in zip(prompts, questions)]
         rank, ranks = rank_and_ranks()  # under torchrun each rank does its share, and learns the others' from the cache
-        todo = {key: row for row, key in enumerate(keys) if key not in self.said[m] and int(key, 16) % ranks == rank}
-        todo = list(todo.values())
-        if todo:
+        todo = {key: row for row, key in enumerate(keys) if key not in said and int(key, 16) % ranks == rank}
+        if todo := list(todo.values()):
             model, tokenizer = self.model(m)
+            ids = [e.ids for e in tokenizer.encode_batch([prompts[row] for row in todo])]
             self.files[m].parent.mkdir(parents=True, exist_ok=True)
-            fd = os.open(self.files[m], os.O_WRONLY | os.O_APPEND | os.O_CREAT)
             bar = tqdm(total=len(todo), desc=f"{self.names[m]}: {kind}", leave=False, unit="q", delay=1)
-
-            def save(row, record):
-                self.said[m][keys[row]] = record = {"format": FORMAT, "key": keys[row], **record}
-                line = f"\n{json.dumps(record, ensure_ascii=False)}\n".encode()  # a torn line before it ends there
-                if os.write(fd, line) < len(line):  # one append a line: other runs may write too
-                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.files[m]))
-                bar.update()
-
-            compute(model, tokenizer, todo, save)
-            os.close(fd)
-            bar.close()
+            with open(self.files[m], "ab", buffering=0) as file, bar:
+                for batch in by_length(ids, self.asking.batch_size):
+                    rows = [todo[i] for i in batch]
+                    theirs = [questions[row] for row in rows], [prompts[row] for row in rows], [ids[i] for i in batch]
+                    for row, answer in zip(rows, compute(model, tokenizer, *theirs)):
+                        said[keys[row]] = record = {"format": FORMAT, "key": keys[row], **answer}
+                        line = f"\n{json.dumps(record, ensure_ascii=False)}\n".encode()  # a torn line before it ends there
+                        if file.write(line) < len(line):  # one append a line: other runs may write too
+                            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.files[m]))
+                        bar.update()
         if ranks > 1:
             dist.barrier()
             self.said[m] = self._recall(self.files[m])
-        records = [self.said[m][key] for key in keys]
-        for key, record in zip(keys, records):
-            if (m, key) not in self.counted:
+        for key in keys:
+            records.append(self.said[m][key])
+            if count and (m, key) not in self.counted:
                 self.counted.add((m, key))
-                self.ledger[f"{kind}_read"] += record["read"]
-                self.ledger[f"{kind}_wrote"] += record.get("wrote", 0)
+                self.ledger[f"{kind}_read"] += records[-1]["read"]
+                self.ledger[f"{kind}_wrote"] += records[-1].get("wrote", 0)
         return records
 
     def scores(self, questions, count=True):
@@ -356,47 +349,37 @@ class Teachers:
 
         count=False keeps it out of the ledger: for figures that no purifier sees.
         """
-        ledger = Counter(self.ledger), set(self.counted)
+
+        def compute(model, tokenizer, questions, prompts, ids):
+            choices = [q.choices for q in questions]
+            for logps, own, c in zip(choice_logps(model, tokenizer, prompts, choices, len(prompts)), ids, choices):
+                yield {"logps": logps, "read": len(own) + sum(len(e.ids) for e in tokenizer.encode_batch(list(c)))}
+
         columns = []
         for m in range(len(self)):
-            prompts = self._prompts(m, questions, score_prompt)
-
-            def compute(model, tokenizer, rows, save):
-                asked, choices = [prompts[row] for row in rows], [questions[row].choices for row in rows]
-
-                def progress(done, logps):
-                    for i in done:
-                        read = tokenizer.encode_batch([asked[i], *choices[i]])
-                        save(rows[i], {"logps": logps[i], "read": sum(len(e.ids) for e in read)})
-
-                choice_logps(model, tokenizer, asked, choices, self.asking.batch_size, progress)
-
-            records = self._answers(m, "score", prompts, [q.choices for q in questions], compute)
+            records = self._answers(m, "score", questions, score_prompt, lambda q: q.choices, compute, count)
             columns.append([float(torch.tensor(r["logps"]).softmax(0)[q.answer]) for q, r in zip(questions, records)])
-        if not count:
-            self.ledger, self.counted = ledger
         return torch.tensor(columns).T
 
     def rationales(self, questions, picks):
         """The rationale of teacher picks[i] for questions[i]: greedy, and by default not told the answer."""
         out, how = [None] * len(questions), self.asking
+
+        def prompt(q, examples):
+            return rationale_prompt(q, examples, how.tell_answer)
+
+        def compute(model, tokenizer, questions, prompts, ids):
+            tokens, mask = (x.to(how.device) for x in pad(ids))
+            stop = model.config["eos_token_id"]
+            stop = stop if isinstance(stop, list) else [stop]
+            for own, row in zip(ids, model.generate(tokens, mask, how.max_new_tokens).tolist()):
+                row = row[: next((n for n, token in enumerate(row, 1) if token in stop), None)]
+                yield {"text": tokenizer.decode(row).strip(), "read": len(own), "wrote": len(row)}
+
         for m in sorted(set(picks)):
             mine = [i for i, pick in enumerate(picks) if pick == m]
-            prompts = self._prompts(m, [questions[i] for i in mine], lambda q, e: rationale_prompt(q, e, how.tell_answer))
-
-            def compute(model, tokenizer, rows, save):
-                ids = [e.ids for e in tokenizer.encode_batch([prompts[row] for row in rows])]
-                for batch in by_length(ids, how.batch_size):
-                    tokens, mask = (x.to(how.device) for x in pad([ids[i] for i in batch]))
-                    with torch.no_grad():
-                        new = model.generate(tokens, mask, how.max_new_tokens).tolist()
-                    stop = model.config["eos_token_id"]
-                    for i, row in zip(batch, new):
-                        ends = [t for t, token in enumerate(row) if token in (stop if isinstance(stop, list) else [stop])]
-                        row = row[: ends[0] + 1] if ends else row
-                        save(rows[i], {"text": tokenizer.decode(row).strip(), "read": len(ids[i]), "wrote": len(row)})
-
-            records = self._answers(m, "rationale", prompts, [how.max_new_tokens] * len(mine), compute)
+            asked = [questions[i] for i in mine]
+            records = self._answers(m, "rationale", asked, prompt, lambda q: how.max_new_tokens, compute)
             for i, record in zip(mine, records):
                 out[i] = record["text"]
         return out
@@ -416,15 +399,13 @@ class ReadyMade:
     def __init__(self, folder, questions, scorer, max_words=128):
         """scorer: () -> (model, tokenizer). Longer rationales are cut off, as if no more had been asked for."""
         files = sorted(Path(folder).glob("llm/train_CoT_*.json"), key=lambda f: (len(f.name), f.name))
-        if not files:
-            raise BadInput(f"{folder}: no rationales in llm/train_CoT_0.json; give --teachers DIR ...")
+        require(files, f"{folder}: no rationales in llm/train_CoT_0.json; give --teachers DIR ...")
         texts = [(where, text) for file in files for where, text in read_rows(file)]
-        if len(texts) < len(questions):
-            raise BadInput(f"{files[-1]}: {len(texts)} rationales up to here for {len(questions)} questions; download it again")
+        few = f"{files[-1]}: {len(texts)} rationales up to here for {len(questions)} questions; download it again"
+        require(len(texts) >= len(questions), few)
         self.said, self.scorer, self.known, self.counted, self.ledger = {}, scorer, {}, set(), Counter()
         for q, (where, text) in zip(questions, texts):
-            if not isinstance(text, str):
-                raise BadInput(f"{where}: a rationale must be a text")
+            require(isinstance(text, str), f"{where}: a rationale must be a text")
             flan, _, llama = text.partition("llama rationale:")
             whole = re.split(r"Thus, the answer is|\n\s*Q:", flan)[0], llama
             self.said[q] = tuple(re.match(rf"(\S+\s*){{0,{max_words}}}", w.strip())[0].strip() for w in whole)
@@ -438,13 +419,11 @@ class ReadyMade:
             model, tokenizer = self.scorer()
             prompts = [score_prompt(q, rationale=r) for q in new for r in ("", *self.said[q])]
             answers = [(q.choices[q.answer],) for q in new for _ in range(1 + len(self))]
-            bar = tqdm(total=len(prompts), desc="score", leave=False, unit="prompt", delay=1)
-            logps = choice_logps(model, tokenizer, prompts, answers, progress=lambda rows, _: bar.update(len(rows)))
-            bar.close()
+            with tqdm(total=len(prompts), desc="score", leave=False, unit="prompt", delay=1) as bar:
+                logps = choice_logps(model, tokenizer, prompts, answers, bar=bar)
             length = [len(tokenizer.encode(a, add_special_tokens=False).ids) for (a,) in answers]
-            per_token = torch.tensor([lp[0] / n for lp, n in zip(logps, length)]).view(len(new), -1)
-            helps = torch.sigmoid(per_token[:, 1:] - per_token[:, :1])
-            for q, row in zip(new, helps):
+            per_token = torch.tensor([lp / n for (lp,), n in zip(logps, length)]).view(len(new), -1)
+            for q, row in zip(new, torch.sigmoid(per_token[:, 1:] - per_token[:, :1])):
                 self.known[q] = torch.where(torch.tensor([bool(r) for r in self.said[q]]), row, 0.0)
             self.ledger["score_read"] += sum(len(e.ids) for e in tokenizer.encode_batch(prompts)) if count else 0
         return torch.stack([self.known[q] for q in questions])
@@ -468,10 +447,9 @@ class Targets:
         self.tokenizer, self.max_length, self.known = tokenizer, max_length, {}
 
     def __call__(self, texts):
-        new = list({t for t in texts if t not in self.known})
-        for text, e in zip(new, self.tokenizer.encode_batch(new)):
-            ids = e.ids
-            self.known[text] = ids if len(ids) <= self.max_length else ids[: self.max_length - 1] + ids[-1:]
+        new, limit = list({t for t in texts if t not in self.known}), self.max_length
+        for text, ids in zip(new, (e.ids for e in self.tokenizer.encode_batch(new))):
+            self.known[text] = ids if len(ids) <= limit else ids[: limit - 1] + ids[-1:]
         return [self.known[t] for t in texts]
 
 
@@ -488,25 +466,25 @@ def sequence_losses(student, inputs, targets):
 
 
 def mean_per_row(logits, labels, where):
-    """logits (N, V) of N tokens, labels (B, T), where = rows (N,) and places (N,) of those -> mean cross-entropy per row (B,)."""
-    losses, zeros = F.cross_entropy(logits.float(), labels[where], reduction="none"), torch.zeros_like(labels, dtype=torch.float)
+    """logits (N, V) of N tokens, labels (B, T), where: their rows and places, (N,) each -> mean cross-entropy per row (B,)."""
+    losses = F.cross_entropy(logits.float(), labels[where], reduction="none")
+    zeros = torch.zeros_like(labels, dtype=torch.float)
     return zeros.index_put(where, losses).sum(1) / zeros.index_put(where, torch.ones_like(losses)).sum(1)
 
 
 def dual_loss(student, encode, questions, rationales, lam, alpha=None):
     """L_PR + lambda * L_DL(r_P); with M rationales L_PR + sum_m alpha_m L_DL(r_m) (TinyLLM).
 
-    alpha_m is lambda / M unless told: the rationales weigh the same however many there are. B questions, B lists of texts
-    (none, one or M each). One pass per task: in one for both, answers would be padded to the length of rationales.
-    Returns the loss, the answers' losses (B,) and the rationales' (R,), detached, the number of tokens read and
-    predicted, and that number with their padding.
+    alpha_m is lambda / M unless told: the rationales weigh the same however many there are, an empty one nothing. B questions,
+    B lists of texts (none, one or M each). One pass per task: in one for both, answers would be padded like rationales.
+    Returns the loss; the answers' losses (B,) and the rationales' (R,), detached; tokens read and predicted; those and padding.
     """
     owners = [q for q, texts in zip(questions, rationales) for _ in texts]
     predict, explain = encode([predict_prompt(q) for q in questions]), encode([explain_prompt(q) for q in owners])
     answers, texts = encode([q.choices[q.answer] for q in questions]), encode([r for rs in rationales for r in rs])
     l_pr = sequence_losses(student, predict, answers)  # (B,)
     l_dl = sequence_losses(student, explain, texts) if texts else l_pr.new_zeros(0)  # (R,)
-    weights = [bool(r) * (lam / len(rs) if alpha is None else alpha) for rs in rationales for r in rs]  # none for an empty one
+    weights = [bool(r) * (lam / len(rs) if alpha is None else alpha) for rs in rationales for r in rs]
     loss = l_pr.mean() + (l_pr.new_tensor(weights) * l_dl).sum() / len(questions)
     batches = [rows for rows in (predict, explain, answers, texts) if rows]
     n_padded = sum(len(rows) * max(map(len, rows)) for rows in batches)
@@ -525,9 +503,9 @@ def tiny_t5(vocab_size, pad_token_id=0, eos_token_id=1):
 def train_tokenizer(texts, vocab_size=4096):
     """Byte-pair encoding of these texts, for a student that has no tokenizer of its own: <pad> is 0, </s> 1."""
     tokenizer = Tokenizer(BPE())
-    tokenizer.pre_tokenizer, tokenizer.decoder = ByteLevel(), ByteLevelDecoder()
-    alphabet = ByteLevel.alphabet()
-    tokenizer.train_from_iterator(texts, BpeTrainer(
-        vocab_size=vocab_size, special_tokens=["<pad>", "</s>"], initial_alphabet=alphabet, show_progress=False))  # fmt: skip
+    tokenizer.pre_tokenizer, tokenizer.decoder = ByteLevel(), decoders.ByteLevel()
+    special, alphabet = ["<pad>", "</s>"], ByteLevel.alphabet()
+    trainer = BpeTrainer(vocab_size=vocab_size, special_tokens=special, initial_alphabet=alphabet, show_progress=False)
+    tokenizer.train_from_iterator(texts, trainer)
     tokenizer.post_processor = TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
     return tokenizer

@@ -607,6 +607,12 @@ def read_json(path):
         raise BadInput(f"{path}: {why}") from None
 
 
+def read_config(folder):
+    config = read_json(folder / "config.json")
+    require(isinstance(config, dict), f"{folder / 'config.json'}: holds no settings (model_type, sizes); download it again")
+    return config
+
+
 def load(path, device="cpu", dtype=None):
     """A checkpoint folder in Hugging Face's layout -> (model in eval mode, tokenizers.Tokenizer).
 
@@ -616,8 +622,8 @@ def load(path, device="cpu", dtype=None):
     """
     path = Path(path)
     require(path.is_dir(), f"{path}: no such folder; give one with config.json, model.safetensors and tokenizer.json")
-    file, config = path / "config.json", read_json(path / "config.json")
-    kind, known = config.get("model_type") if isinstance(config, dict) else None, list(ARCHITECTURES)
+    file, config, known = path / "config.json", read_config(path), list(ARCHITECTURES)
+    kind = config.get("model_type")
     require(kind in known, f"{file}: model_type {kind!r} is not supported; take one of {', '.join(known)}")
     try:
         with torch.device("meta"):

@@ -1,14 +1,14 @@
 """Knowledge purification: M teachers' rationales in, one out. Five ways, and the controls they are measured against.
 
 First the three routers, self-contained: from the embedding of a question to a probability for every teacher.
-They share two methods, fit(embeddings (N, D), scores (N, M)) -> self and route(embeddings (N, D)) -> (N, M),
-where scores[i, m] is the probability that teacher m gives to the right choice of question i. Then the
-purifiers, one class each with one small interface: fit once, `rationales` before a step, `feedback` after it.
+They share two methods, fit(embeddings (N, D), scores (N, M)) -> self and route(embeddings (N, D)) -> (N, M), where
+scores[i, m] is the probability that teacher m gives to the right choice of question i; both raise ValueError for
+shapes that do not match, M < 2, no rows, NaN and infinity. Then the purifiers, one class each with one small
+interface: fit once, `rationales` before a step, `feedback` after it.
 
     python train.py --purifier router      # or plackett-luce, classifier, aggregate, rl; none, single, random, ...
 """
 
-import math
 import random
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -36,29 +36,17 @@ def check_matrix(x, name):
     return x
 
 
-def check_scores(embeddings, scores):
-    """scores (N, M) as float32; ValueError if they do not match embeddings (N, D) or M < 2."""
-    scores = check_matrix(scores, "scores").float()
-    if len(scores) != len(embeddings):
-        raise ValueError(f"got {len(embeddings)} embeddings but {len(scores)} rows of scores")
-    if scores.shape[1] < 2:
-        raise ValueError(f"routing needs M >= 2 teachers, got M = {scores.shape[1]}")
-    return scores
-
-
 class Standardize:
     """q (N, D) -> (q - mean) / scale, one scale for all dimensions, chosen so that a coordinate has rms 1.
 
-    Sentence embeddings share a large common vector; before it is subtracted all cosines are close to 1.
-    One scale keeps the angles and makes a learning rate independent of the encoder's units.
+    Without the large vector that all sentence embeddings share, cosines are not all close to 1. One scale keeps the
+    angles and makes a learning rate independent of the encoder's units.
     """
 
     def __init__(self, embeddings):
-        embeddings = check_matrix(embeddings, "embeddings")
-        self.mean, self.scale = embeddings.mean(dim=0, dtype=torch.float64), 1.0
+        self.mean, self.scale = check_matrix(embeddings, "embeddings").mean(dim=0, dtype=torch.float64), 1.0
         rms = self(embeddings).square().mean().sqrt()
-        # If all rows are equal, rms is 0 or rounding noise.
-        self.scale = rms.clamp(min=1e-6 * self.mean.abs().max().item() + 1e-30)
+        self.scale = rms.clamp(min=1e-6 * self.mean.abs().max().item() + 1e-30)  # of equal rows it is 0 or rounding noise
 
     def __call__(self, embeddings):
         embeddings = check_matrix(embeddings, "embeddings")
@@ -67,11 +55,43 @@ class Standardize:
         return (embeddings - self.mean.to(embeddings.dtype)).float() / self.scale
 
 
-def split(n, generator, frac=0.15):
-    """Shuffled (train, validation) row numbers; up to 6 rows serve as both."""
-    order = torch.randperm(n, generator=generator)
-    n_val = round(frac * n)
-    return (order[n_val:], order[:n_val]) if n > 6 else (order, order)
+def prepare(embeddings, scores):
+    """-> Standardize of embeddings (N, D), these standardized, scores (N, M) float32; ValueError if they do not match."""
+    standardize, scores = Standardize(embeddings), check_matrix(scores, "scores").float()
+    if len(scores) != len(embeddings):
+        raise ValueError(f"got {len(embeddings)} embeddings but {len(scores)} rows of scores")
+    if scores.shape[1] < 2:
+        raise ValueError(f"routing needs M >= 2 teachers, got M = {scores.shape[1]}")
+    return standardize, standardize(embeddings), scores
+
+
+def fit_early_stopped(router, params, q, loss, validation_loss, generator):
+    """Fit params by AdamW on loss(rows), rows being a minibatch of q (N, D). Call it under no_grad. -> validation rows
+
+    15 % of the rows are for validation (up to 6 rows serve as both). It ends after router.steps minibatches, or 10
+    epochs that do not lower validation_loss(rows) by 1e-4, and sets params back to where that was lowest.
+    """
+    order, n_val = torch.randperm(len(q), generator=generator), round(0.15 * len(q))
+    train, val = (order[n_val:], order[:n_val]) if len(q) > 6 else (order, order)
+    lr = router.lr * (256 / q.shape[1]) ** 0.5  # a step of Adam moves a coordinate of W q by up to lr * D
+    optimizer = torch.optim.AdamW(params, lr=lr, weight_decay=0.01)
+    lowest, stale, step = torch.inf, 0, 0  # stale: epochs since the lowest loss
+    while True:
+        now = validation_loss(val)
+        stale = 0 if now < lowest - 1e-4 else stale + 1
+        if stale == 0:
+            lowest, saved = now, [p.clone() for p in params]
+        if stale == 10 or step >= router.steps:
+            break
+        for rows in train[torch.randperm(len(train), generator=generator)].split(router.batch):
+            optimizer.zero_grad()
+            with torch.enable_grad():
+                loss(rows).backward()
+            optimizer.step()
+            step += 1
+    for p, value in zip(params, saved, strict=True):
+        p.copy_(value)
+    return val
 
 
 def best_teacher(scores):
@@ -85,18 +105,16 @@ class SimilarityRouter:
 
     RouterDC (Chen et al., NeurIPS 2024, arXiv 2409.19886). Two contrastive losses train W, b and k:
       teacher loss   sum_{+ in top K} -log(e^{s_+} / (e^{s_+} + sum_- e^{s_-})), s_m = cos(W q + b, k_m) / tau
-      question loss  the same with s_j = cos(W q + b, W q_j + b) / tau, where + is one question of the same
-                     k-means cluster of embeddings, and - are `n_negatives` questions of other clusters.
+      question loss  the same with s_j = cos(W q + b, W q_j + b) / tau, + one question of the same k-means cluster of
+                     embeddings, - `n_negatives` questions of other clusters.
     Negatives are all teachers below the top K: a question on which all teachers tie teaches nothing.
-    Other than the paper: the encoder is frozen and W is trained in its place; k-means runs on the embeddings
-    without t-SNE first; K = 1 and lam = 0.1, not 3 and 1 (better on held-out questions); negatives need not
-    score below 0.5; training stops by the expected score on validation questions; and route() uses the tau
-    that fits these best (temperature scaling, Guo et al. 2017), which leaves the argmax as it is.
-    fit and route raise ValueError for shapes that do not match, M < 2, no rows, NaN and infinity.
+    Other than the paper: the encoder is frozen and W is trained in its place; k-means runs on the embeddings without
+    t-SNE first; K = 1 and lam = 0.1, not 3 and 1 (better on held-out questions); negatives need not score below 0.5;
+    training stops by the expected score on validation questions; and route() uses the tau that fits these best
+    (temperature scaling, Guo et al. 2017), which leaves the argmax as it is.
     """
 
-    def __init__(self, tau=0.1, top_k=1, lam=0.1, n_clusters=5, n_negatives=3, lr=1e-4, batch=128, steps=1500,
-                 seed=0):
+    def __init__(self, tau=0.1, top_k=1, lam=0.1, n_clusters=5, n_negatives=3, lr=1e-4, batch=128, steps=1500, seed=0):
         self.tau, self.top_k, self.lam = tau, top_k, lam  # temperature, K positives, question loss weight
         self.n_clusters, self.n_negatives = n_clusters, n_negatives
         self.lr, self.batch, self.steps, self.seed = lr, batch, steps, seed  # stops after `steps` minibatches
@@ -106,7 +124,7 @@ class SimilarityRouter:
         """logits, scores (B, M) -> loss (B,). Ties at place K are all positive; the worst never are."""
         bar = scores.topk(min(top_k, scores.shape[1] - 1), dim=1).values[:, -1:]
         positive = (scores >= bar) & (scores > scores.amin(dim=1, keepdim=True))  # (B, M)
-        negatives = logits.masked_fill(positive, -torch.inf).logsumexp(dim=1, keepdim=True)    # (B, 1)
+        negatives = logits.masked_fill(positive, -torch.inf).logsumexp(dim=1, keepdim=True)  # (B, 1)
         return (F.softplus(negatives - logits) * positive).sum(dim=1)
 
     @staticmethod
@@ -117,9 +135,8 @@ class SimilarityRouter:
         rand = torch.rand(same.shape, generator=generator) + 1e-6  # a random pick: the largest
         positive = (rand * friend).argmax(dim=1, keepdim=True)  # (B, 1)
         negatives = (rand * ~same).topk(min(n_negatives, len(z)), dim=1).indices  # (B, H)
-        candidates = torch.cat([positive, negatives], dim=1)
         usable = friend.any(dim=1) & ((~same).sum(dim=1) >= n_negatives)
-        logits = (z @ z.T / tau).gather(1, candidates)[usable]  # (B', 1 + H)
+        logits = (z @ z.T / tau).gather(1, torch.cat([positive, negatives], dim=1))[usable]  # (B', 1 + H)
         return -F.log_softmax(logits, dim=1)[:, 0].sum() / max(len(logits), 1)
 
     def kmeans(self, q, generator):
@@ -136,13 +153,11 @@ class SimilarityRouter:
     def embed(self, q):
         return F.normalize(self.project(q), dim=1)  # (B, d)
 
-    @torch.enable_grad()
+    @torch.no_grad()
     def fit(self, embeddings, scores):
         g = torch.Generator().manual_seed(self.seed)
-        self.standardize = Standardize(embeddings)
-        q, scores = self.standardize(embeddings), check_scores(embeddings, scores)
-        m = scores.shape[1]
-        cluster = self.kmeans(q, g)
+        self.standardize, q, scores = prepare(embeddings, scores)
+        m, cluster = scores.shape[1], self.kmeans(q, g)
         # Start as the router that ignores q: W = 0, b = e_0, k_m = c_m e_0 + sqrt(1 - c_m^2) e_m, with c_m
         # the mean score of m less that of all. d = M + 1 is enough: the argmax depends on span(k) alone.
         cos = (scores.mean(dim=0) - scores.mean()).clamp(-0.9, 0.9)[:, None]  # (M, 1)
@@ -150,34 +165,18 @@ class SimilarityRouter:
         self.project = skip_init(nn.Linear, q.shape[1], m + 1)
         self.project.load_state_dict({"weight": torch.zeros(m + 1, q.shape[1]), "bias": torch.eye(m + 1)[0]})
 
-        params = [*self.project.parameters(), self.teachers]
-        lr = self.lr * (256 / q.shape[1]) ** 0.5  # a step of Adam moves W q by up to lr * D
-        optimizer = torch.optim.AdamW(params, lr=lr, weight_decay=0.01)
-        train, val = split(len(q), g)
-        best, patience, step = torch.inf, 10, 0
-        while True:
-            with torch.no_grad():
-                loss = -(F.softmax(self.logits(self.embed(q[val])), dim=1) * scores[val]).sum(dim=1).mean()
-            patience = 10 if loss < best - 1e-4 else patience - 1
-            if patience == 10:
-                best, saved = loss, [p.detach().clone() for p in params]
-            if patience == 0 or step >= self.steps:
-                break
-            for i in train[torch.randperm(len(train), generator=g)].split(self.batch):
-                z = self.embed(q[i])
-                loss = self.teacher_loss(self.logits(z), scores[i], self.top_k).mean()
-                loss = loss + self.lam * self.question_loss(z, cluster[i], self.n_negatives, self.tau, g)
-                optimizer.zero_grad()
-                loss.backward()
-                optimizer.step()
-                step += 1
-        with torch.no_grad():
-            for p, value in zip(params, saved, strict=True):
-                p.copy_(value)
-            cos, target = self.tau * self.logits(self.embed(q[val])), best_teacher(scores[val])
-            taus = torch.logspace(-2, 2, 41)
-            losses = torch.stack([F.cross_entropy(cos / tau, target) for tau in taus])
-            self.tau_route = taus[losses.argmin()].item()
+        def loss(rows):
+            z = self.embed(q[rows])
+            teacher = self.teacher_loss(self.logits(z), scores[rows], self.top_k).mean()
+            return teacher + self.lam * self.question_loss(z, cluster[rows], self.n_negatives, self.tau, g)
+
+        def minus_expected_score(rows):
+            return -(F.softmax(self.logits(self.embed(q[rows])), dim=1) * scores[rows]).sum(dim=1).mean()
+
+        val = fit_early_stopped(self, [*self.project.parameters(), self.teachers], q, loss, minus_expected_score, g)
+        cos, target = self.tau * self.logits(self.embed(q[val])), best_teacher(scores[val])
+        taus = torch.logspace(-2, 2, 41)
+        self.tau_route = taus[torch.stack([F.cross_entropy(cos / tau, target) for tau in taus]).argmin()].item()
         return self
 
     @torch.no_grad()
@@ -189,22 +188,19 @@ class SimilarityRouter:
 class PlackettLuceRouter:
     """Worths xi of the teachers for each q, from their rankings on similar questions: P(m | q) = xi_m.
 
-    xi(q), summing to 1, maximises the weighted Plackett-Luce log-likelihood sum_i w_i log PL(ranking_i | xi),
+    xi(q), summing to 1, maximises sum_i w_i log PL(ranking_i | xi) over training questions, w_i = exp(cos(q, q_i) / tau),
       log PL(ranking | xi) = sum over teachers m but the last  log xi_m - log(sum_{j not above m} xi_j),
-    w_i = exp(cos(q, q_i) / tau). RouteLLM (arXiv 2406.18665) weights games of two by 10^(1 + cos): on the micro world's
-    valid questions the teachers it picks give the right answer 0.92, those picked here 0.97 (best possible 0.99).
-    Hunter (Ann. Stat. 2004) maximises it by minorise-maximise steps, which never lower the likelihood:
+    by minorise-maximise steps, which never lower it (Hunter, Ann. Stat. 2004):
       xi_m <- (weighted number of choices m won) / (sum over the choices m stood in of w_i / (sum_j xi_j)).
-    Ties (Breslow 1974): each of g tied teachers is chosen from all that are not ranked above the group. The
-    last one standing is no choice, so the lowest group counts as g - 1 choices, (g - 1) / g per teacher.
-    For M = 2 a tie is then half a win each: xi_1 / xi_2 = (wins + ties / 2) / (losses + ties / 2).
-    `prior` is the weight (sum_i w_i = 1) of one more choice among all, which each wins to 1 / M: it
-    keeps the worth of a teacher that always loses above 0, so that a maximum exists.
-    Only ranks count: a teacher that wins often by little beats one that wins seldom by much.
-
-    Questions with the same ranking add their weights (75 rankings with ties for M = 4). Where more than
-    `neighbours` rankings occur, only the `neighbours` training questions most similar to q are used.
-    fit and route raise ValueError for shapes that do not match, M < 2, no rows, NaN and infinity.
+    RouteLLM (arXiv 2406.18665) weights games of two by 10^(1 + cos): on the micro world's valid questions the teachers
+    it picks give the right answer 0.92, those picked here 0.97 (best possible 0.99).
+    Ties (Breslow 1974): each of g tied teachers is chosen from all that are not ranked above the group; the lowest
+    group counts as g - 1 choices, (g - 1) / g per teacher, for the last one standing is no choice. So for M = 2 a tie
+    is half a win each: xi_1 / xi_2 = (wins + ties / 2) / (losses + ties / 2). `prior` is the weight (sum_i w_i = 1) of
+    one more choice among all, which each wins to 1 / M: so who always loses has a worth above 0, and a maximum exists.
+    Only ranks count: a teacher that wins often by little beats one that wins seldom by much. Questions with the same
+    ranking add their weights (75 rankings with ties for M = 4); where more than `neighbours` rankings occur, only the
+    `neighbours` training questions most similar to q are used.
     """
 
     taus = (100.0, 0.4, 0.2, 0.12, 0.08, 0.06, 0.04, 0.03, 0.02, 0.01)
@@ -214,9 +210,8 @@ class PlackettLuceRouter:
         self.steps, self.sample, self.seed = steps, sample, seed        # MM steps; questions to choose tau by
 
     def fit(self, embeddings, scores):
-        self.standardize = Standardize(embeddings)
-        self.scores = check_scores(embeddings, scores)
-        self.q = F.normalize(self.standardize(embeddings), dim=1)  # (N, D)
+        self.standardize, q, self.scores = prepare(embeddings, scores)
+        self.q = F.normalize(q, dim=1)  # (N, D)
         s = (self.scores * 1e6).round()  # differences below about 1e-6 are ties
         above = (s[:, None, :] > s[:, :, None]).sum(dim=2)  # (N, M) who beat m
         # Ranking r: order[r, p] is the teacher at place p, its tie group takes places start..end.
@@ -225,34 +220,27 @@ class PlackettLuceRouter:
         self.end = (self.start[:, None, :] <= self.start[:, :, None]).sum(dim=2) - 1
         size, lowest = (self.end - self.start + 1).float(), self.end == s.shape[1] - 1
         self.choices = torch.where(lowest, (size - 1) / size, 1.0)  # (R, M) won at place p
+        K, M = min(len(self.order), self.neighbours), s.shape[1]
+        self.chunk = min(256, max(1, 2**19 // (K * M)))  # queries at a time: a (B, K, M) tensor of 2 MB stays in the cache
         self.tau_route = self.choose_tau() if self.tau is None else self.tau
         return self
 
     def choose_tau(self):
-        """The tau whose argmax teacher scores highest on training questions, each left out in turn.
-
-        A small share of the score expected under xi decides between equals, in favour of the sharper xi.
-        """
+        """The tau whose argmax teacher scores highest on training questions, each left out in turn."""
         g = torch.Generator().manual_seed(self.seed)
-        sample = torch.randperm(len(self.q), generator=g)[: self.sample]
-        value = torch.zeros(len(self.taus))
-        for i in sample.split(self.chunk()):
+        sample, value = torch.randperm(len(self.q), generator=g)[: self.sample], torch.zeros(len(self.taus))
+        for i in sample.split(self.chunk):
             cos = self.q[i] @ self.q.T
             cos[cos > 1 - 1e-5] = -1e6  # leave out the question itself and its duplicates
             for t, tau in enumerate(self.taus):
                 xi, s = self.worths(*self.weigh(cos, tau)), self.scores[i]
+                # The second part, the score expected under xi, decides between equals in favour of the sharper xi.
                 value[t] += s.gather(1, xi.argmax(dim=1, keepdim=True)).sum() + 0.05 * (xi * s).sum()
         return self.taus[value.argmax()]
 
-    def chunk(self):
-        """How many queries at a time: keeps a (B, K, M) tensor in the cache, about 2 MB."""
-        k = min(len(self.order), self.neighbours)
-        return min(256, max(1, 2**19 // (k * self.scores.shape[1])))
-
     def weigh(self, cos, tau):
         """cos (B, N) -> weights (B, K) that sum to 1 and the rankings (B, K) they belong to."""
-        weights = F.softmax(cos / tau, dim=1)  # = w_i / sum_i w_i
-        rankings = len(self.order)
+        weights, rankings = F.softmax(cos / tau, dim=1), len(self.order)  # w_i / sum_i w_i
         if rankings <= self.neighbours:
             weights = torch.zeros(len(cos), rankings).index_add_(1, self.ranking, weights)
             return weights, torch.arange(rankings).expand(len(cos), rankings)
@@ -262,8 +250,7 @@ class PlackettLuceRouter:
     def worths(self, weights, ranking, tol=1e-5):
         """weights, ranking (B, K) -> xi (B, M) by MM steps until no worth moves by more than tol."""
         order, start, end = self.order[ranking], self.start[ranking], self.end[ranking]
-        choices = weights[..., None] * self.choices[ranking]  # (B, K, M) by place
-        m = order.shape[2]
+        choices, m = weights[..., None] * self.choices[ranking], order.shape[2]  # (B, K, M) by place
 
         def to_teachers(x):  # (B, K, M) by place -> (B, M) by teacher
             return torch.zeros(len(x), m).scatter_add_(1, order.flatten(1), x.flatten(1))
@@ -291,19 +278,18 @@ class PlackettLuceRouter:
     @torch.no_grad()
     def route(self, embeddings):
         q, tau = F.normalize(self.standardize(embeddings), dim=1), self.tau_route
-        return torch.cat([self.worths(*self.weigh(b @ self.q.T, tau)) for b in q.split(self.chunk())])
+        return torch.cat([self.worths(*self.weigh(b @ self.q.T, tau)) for b in q.split(self.chunk)])
 
 
 class ClassifierRouter:
     """A small classifier on the embedding, P(m | q) = softmax_m(head(q)), fitted to a target distribution.
 
     targets="soft": softmax_m(scores / temperature), rewards distilled into a router as in ZOOTER (Lu et al.,
-    arXiv 2311.08692; cross-entropy to a fixed target is its KL loss up to a constant). targets="hard": the
-    best teacher, shared by those that tie; on the micro world's valid questions soft picks teachers who give the right
-    answer 0.98, hard 0.97 (fitted on 250: 0.94, 0.93). Left out: ZOOTER's tag-based smoothing of rewards (there are no
-    tags here), and training the encoder: `head` is a plain nn.Module and `target` takes scores only, so that
-    a loop that also trains the encoder can use both.
-    fit and route raise ValueError for shapes that do not match, M < 2, no rows, NaN and infinity.
+    arXiv 2311.08692; cross-entropy to a fixed target is its KL loss up to a constant). targets="hard": the best
+    teacher, shared by those that tie; any other is a ValueError. On the micro world's valid questions soft picks
+    teachers who give the right answer 0.98, hard 0.97 (fitted on 250: 0.94, 0.93). Left out: ZOOTER's tag-based
+    smoothing of rewards (there are no tags here), and training the encoder: `head` is a plain nn.Module and `target`
+    takes scores only, so that a loop that also trains the encoder can use both.
     """
 
     def __init__(self, targets="soft", temperature=0.1, hidden=128, lr=3e-4, batch=128, steps=1500, seed=0):
@@ -316,38 +302,18 @@ class ClassifierRouter:
         """scores (N, M) -> target distribution (N, M)."""
         return F.softmax(scores / self.temperature, dim=1) if self.targets == "soft" else best_teacher(scores)
 
-    @torch.enable_grad()
+    @torch.no_grad()
     def fit(self, embeddings, scores):
         g = torch.Generator().manual_seed(self.seed)
-        self.standardize = Standardize(embeddings)
-        q, target = self.standardize(embeddings), self.target(check_scores(embeddings, scores))
-        first = skip_init(nn.Linear, q.shape[1], self.hidden)
-        last = skip_init(nn.Linear, self.hidden, target.shape[1])
+        self.standardize, q, scores = prepare(embeddings, scores)
+        target = self.target(scores)
+        first, last = skip_init(nn.Linear, q.shape[1], self.hidden), skip_init(nn.Linear, self.hidden, target.shape[1])
         self.head = nn.Sequential(first, nn.GELU(), last)
-        with torch.no_grad():  # start as the classifier that ignores q and predicts the mean target
-            first.weight.normal_(std=q.shape[1] ** -0.5, generator=g)
-            last.bias.copy_((target.mean(dim=0) + 1e-3).log())
-            first.bias.zero_(), last.weight.zero_()
-
-        lr = self.lr * (256 / q.shape[1]) ** 0.5  # a step of Adam moves a hidden unit by up to lr * D
-        optimizer = torch.optim.AdamW(self.head.parameters(), lr=lr, weight_decay=0.01)
-        train, val = split(len(q), g)
-        best, patience, step = torch.inf, 10, 0
-        while True:
-            with torch.no_grad():
-                loss = F.cross_entropy(self.head(q[val]), target[val])
-            patience = 10 if loss < best - 1e-4 else patience - 1
-            if patience == 10:
-                best, saved = loss, {k: v.clone() for k, v in self.head.state_dict().items()}
-            if patience == 0 or step >= self.steps:
-                break
-            for i in train[torch.randperm(len(train), generator=g)].split(self.batch):
-                loss = F.cross_entropy(self.head(q[i]), target[i])
-                optimizer.zero_grad()
-                loss.backward()
-                optimizer.step()
-                step += 1
-        self.head.load_state_dict(saved)
+        # Start as the classifier that ignores q and predicts the mean target.
+        first.weight.normal_(std=q.shape[1] ** -0.5, generator=g), first.bias.zero_()
+        last.weight.zero_(), last.bias.copy_((target.mean(dim=0) + 1e-3).log())
+        loss = lambda rows: F.cross_entropy(self.head(q[rows]), target[rows])  # noqa: E731
+        fit_early_stopped(self, list(self.head.parameters()), q, loss, loss, g)
         return self
 
     @torch.no_grad()
@@ -381,18 +347,27 @@ class World:
 
 
 class Purifier:
-    """The interface. The training loop calls `fit` once, then `rationales` before and `feedback` after each step."""
+    """The interface. The training loop calls `fit` once, then `rationales` before and `feedback` after each step.
+
+    Who has all rationales before training only says how: `purify`. Who learns on the way has its own fit and rationales.
+    """
 
     def __init__(self, args):
         self.args = args
 
     def fit(self, world):
         """Prepare for world.visits; ask the teachers for what is needed, and only for that. -> self"""
+        self.world, self.rows = world, world.visited()
+        self.texts = dict(zip(self.rows, self.purify(world, [world.questions[row] for row in self.rows])))
+        return self
+
+    def purify(self, world, questions):
+        """-> for each of these questions, those of self.rows, the list of rationales to learn."""
         raise NotImplementedError
 
     def rationales(self, step):
         """-> for each question of this step's batch, the list of rationales to learn."""
-        raise NotImplementedError
+        return [self.texts[row] for row in self.world.visits[step]]
 
     def feedback(self, step, answer_losses, rationale_losses):
         """The student's losses (B,) and (R,) on what it was just given. -> figures for metrics.jsonl."""
@@ -402,27 +377,16 @@ class Purifier:
         """P(m | question of this row), a list of M; None where the purifier has no such thing."""
 
     def state(self):
-        """Tensors that change while the student trains, for a checkpoint; `restore` takes them back after `fit`."""
+        """Tensors that change while the student trains, for a checkpoint."""
         return {}
 
     def restore(self, state, step):
-        pass
+        """Take them back, after `fit` and before this step."""
 
     def fit_questions(self, world, default=None):
         """--fit-questions of the questions that a purifier may be fitted on, drawn by the seed (default: all)."""
         n = self.args.fit_questions or default or len(world.fit_on)
         return random.Random(self.args.seed).sample(world.fit_on, min(n, len(world.fit_on)))
-
-
-class Answers(Purifier):
-    """Control: no rationale at all, the answer alone."""
-
-    def fit(self, world):
-        self.world = world
-        return self
-
-    def rationales(self, step):
-        return [[] for _ in self.world.visits[step]]
 
 
 def all_rationales(world, questions):
@@ -432,16 +396,18 @@ def all_rationales(world, questions):
     return [texts[i * M : (i + 1) * M] for i in range(len(questions))]
 
 
+class Answers(Purifier):
+    """Control: no rationale at all, the answer alone."""
+
+    def purify(self, world, questions):
+        return [[] for _ in questions]
+
+
 class TinyLLM(Purifier):
     """The baseline (2402.04616), nothing purified: all M rationales of every question, each with its own L_DL."""
 
-    def fit(self, world):
-        self.world, rows = world, world.visited()
-        self.texts = dict(zip(rows, all_rationales(world, [world.questions[row] for row in rows])))
-        return self
-
-    def rationales(self, step):
-        return [self.texts[row] for row in self.world.visits[step]]
+    def purify(self, world, questions):
+        return all_rationales(world, questions)
 
 
 class Choice(Purifier):
@@ -451,16 +417,10 @@ class Choice(Purifier):
         """-> probabilities (N, M); the likeliest teacher writes, and no other is asked to."""
         raise NotImplementedError
 
-    def fit(self, world):
-        self.world, rows = world, world.visited()
-        questions = [world.questions[row] for row in rows]
+    def purify(self, world, questions):
         probabilities = self.choose(world, questions)
-        texts = world.teachers.rationales(questions, probabilities.argmax(1).tolist())
-        self.probabilities, self.texts = dict(zip(rows, probabilities.tolist())), dict(zip(rows, texts))
-        return self
-
-    def rationales(self, step):
-        return [[self.texts[row]] for row in self.world.visits[step]]
+        self.probabilities = dict(zip(self.rows, probabilities.tolist()))
+        return [[text] for text in world.teachers.rationales(questions, probabilities.argmax(1).tolist())]
 
     def chances(self, row):
         return self.probabilities[row]
@@ -477,16 +437,12 @@ class Random(Choice):
     """Control: a teacher drawn at random for each question, once."""
 
     def choose(self, world, questions):
-        generator = torch.Generator().manual_seed(self.args.seed)
-        picks = torch.randint(len(world.teachers), (len(questions),), generator=generator)
-        return F.one_hot(picks, len(world.teachers)).float()
+        generator, M = torch.Generator().manual_seed(self.args.seed), len(world.teachers)
+        return F.one_hot(torch.randint(M, (len(questions),), generator=generator), M).float()
 
 
 class Oracle(Choice):
-    """Control, and the most that choosing can do: the teacher who finds the right answer likeliest.
-
-    It needs every teacher's score, and so the right answer, of every question that it purifies.
-    """
+    """Control, the most that choosing can do: the best-scoring teacher of each question, whose answer it needs for that."""
 
     def choose(self, world, questions):
         return F.one_hot(world.teachers.scores(questions).argmax(1), len(world.teachers)).float()
@@ -510,17 +466,17 @@ class PlackettLuce(Router):
 class Classifier(Router):
     """PLM classifier: P(m | q) = softmax_m(MLP(encoder(q))), encoder and head trained together.
 
-    ClassifierRouter fits the head on the frozen encoder first; then both are tuned for STEPS steps on the same
-    targets, so that the untrained head does not spoil what the encoder knows.
+    ClassifierRouter fits the head on the frozen encoder first; then both are tuned for STEPS steps on the same targets,
+    so that the untrained head does not spoil what the encoder knows.
     """
 
     STEPS, BATCH, LR = 150, 32, 1e-4
 
     def choose(self, world, questions):
         fit, (encoder, tokenizer) = self.fit_questions(world), world.encoder()
-        scores, device = world.teachers.scores(fit), models.device_of(encoder)
-        router = ClassifierRouter(seed=self.args.seed).fit(models.embed(encoder, tokenizer, map(ask, fit)), scores)
-        targets, ids = router.target(scores), Targets(tokenizer)(list(map(ask, fit)))
+        asked, scores, device = [ask(q) for q in fit], world.teachers.scores(fit), models.device_of(encoder)
+        router = ClassifierRouter(seed=self.args.seed).fit(models.embed(encoder, tokenizer, asked), scores)
+        targets, ids = router.target(scores), Targets(tokenizer)(asked)
         optimizer = torch.optim.AdamW([*encoder.parameters(), *router.head.parameters()], self.LR)
         draw = random.Random(self.args.seed)
         for _ in tqdm(range(self.STEPS), desc="tune classifier", unit="step", delay=1, leave=False):
@@ -546,57 +502,45 @@ class Aggregate(Purifier):
 
     @staticmethod
     def prompt(q, rationales):
-        listed = " ".join(f"({letter}) {r}" for letter, r in zip("abcdefghij", rationales))
+        listed = " ".join(f"({chr(ord('a') + m)}) {r}" for m, r in enumerate(rationales))
         return f"{listed} {rationale_prompt(q)}"  # as the T5 teacher is asked, with the others' rationales before it
 
-    def fit(self, world):
-        self.world, rows = world, world.visited()
-        questions, texts = [world.questions[row] for row in rows], {}
-        aggregator, tokenizer = world.aggregator()
-        encode, frame = Targets(tokenizer, max_length=2048), "{}"
-        if self.args.aggregator:
-            frame = chat_format(Path(self.args.aggregator), tokenizer)
+    def purify(self, world, questions):
+        (aggregator, tokenizer), texts, ledger = world.aggregator(), {}, world.teachers.ledger
+        encode = Targets(tokenizer, max_length=2048)
+        frame = chat_format(Path(self.args.aggregator), tokenizer) if self.args.aggregator else "{}"
         if self.args.tune_aggregator:
             fit = self.fit_questions(world, default=min(2000, len(world.fit_on) // 2))
             said, best = all_rationales(world, fit), world.teachers.scores(fit).argmax(1).tolist()
-            texts = {q.id: r[m] for q, r, m in zip(fit, said, best)}
-            self.tune(aggregator, encode, fit, said, [texts[q.id] for q in fit])
-        said = dict(zip(rows, all_rationales(world, questions)))
-        todo = [row for row in rows if world.questions[row].id not in texts]
-        prompts = encode([frame.format(self.prompt(world.questions[row], said[row])) for row in todo])
-        ledger = world.teachers.ledger
+            texts = {q: r[m] for q, r, m in zip(fit, said, best)}
+            self.tune(aggregator, encode, [(q, r, texts[q]) for q, r in zip(fit, said)])
+        todo = [(q, r) for q, r in zip(questions, all_rationales(world, questions)) if q not in texts]
+        prompts = encode([frame.format(self.prompt(q, r)) for q, r in todo])
         for batch in tqdm(models.by_length(prompts, 128), desc="aggregate", unit="batch", delay=1, leave=False):
             tokens, mask = (x.to(self.args.device) for x in models.pad([prompts[i] for i in batch]))
             new = aggregator.generate(tokens, mask, self.args.max_new_tokens).tolist()
             for i, row in zip(batch, new):
-                texts[world.questions[todo[i]].id] = tokenizer.decode(row).strip()
+                texts[todo[i][0]] = tokenizer.decode(row).strip()
                 ledger["aggregator_wrote"] += sum(token != aggregator.config["pad_token_id"] for token in row)
         ledger["aggregator_read"] = sum(map(len, prompts))
-        self.texts = {row: texts[world.questions[row].id] for row in rows}
-        return self
+        return [[texts[q]] for q in questions]
 
-    def tune(self, aggregator, encode, questions, said, targets):
-        """Teach it to aggregate: cross-entropy of the best teacher's rationale. The choices come in a new order each time."""
+    def tune(self, aggregator, encode, examples):
+        """Cross-entropy on examples (question, M rationales, target), the question's choices in a new order each time."""
         aggregator.train()
         optimizer = torch.optim.AdamW(aggregator.parameters(), self.LR)
         draw = random.Random(self.args.seed)
         for step in tqdm(range(self.args.tune_aggregator), desc="tune aggregator", unit="step", delay=1, leave=False):
             for group in optimizer.param_groups:
                 group["lr"] = self.LR * min((step + 1) / 50, 1 - step / self.args.tune_aggregator)
-            rows = [draw.randrange(len(questions)) for _ in range(self.BATCH)]
-            prompts = []
-            for i in rows:
-                choices = draw.sample(questions[i].choices, len(questions[i].choices))
-                prompts.append(self.prompt(replace(questions[i], choices=tuple(choices)), said[i]))
-            prompts = encode(prompts)
-            sequence_losses(aggregator, prompts, encode([targets[i] for i in rows])).mean().backward()
+            questions, said, targets = zip(*[draw.choice(examples) for _ in range(self.BATCH)])
+            shuffled = [replace(q, choices=tuple(draw.sample(q.choices, len(q.choices)))) for q in questions]
+            losses = sequence_losses(aggregator, encode(list(map(self.prompt, shuffled, said))), encode(list(targets)))
+            losses.mean().backward()
             torch.nn.utils.clip_grad_norm_(aggregator.parameters(), 1.0)
             optimizer.step()
             optimizer.zero_grad()
         aggregator.eval()
-
-    def rationales(self, step):
-        return [[self.texts[row]] for row in self.world.visits[step]]
 
 
 class Reinforced(Purifier):
@@ -604,52 +548,50 @@ class Reinforced(Purifier):
 
     pi = softmax(W e(q) + b), REINFORCE (Williams 1992): ascend  E[(R - baseline) grad log pi(m | q)] + c grad H(pi).
     Reward  R = 1[the rationale concludes on the gold answer] - beta * z,  z the student's L_DL on that rationale,
-    standardised over the batch. The first part can be verified because the teacher was not told the answer; with
-    the second alone (an easy text is not a true one) the policy stays at chance. Unlike a router it needs no
-    scores beforehand: it learns from what its own choices brought, on training questions only.
+    standardised over the batch. The first part can be verified because the teacher was not told the answer; with the
+    second alone (an easy text is not a true one) the policy stays at chance. Unlike a router it needs no scores
+    beforehand: it learns from what its own choices brought, on training questions only.
 
-    Choices are drawn for AHEAD steps at once, so that each teacher is asked in one batch; the policy has then
-    moved on a little, which the importance ratio pi_now / pi_then corrects. Of Yuan et al. (AAAI 2021) we leave
-    out: choosing a subset (one teacher is the point here), the teachers' soft labels in the state and the
-    accuracy on a development set in the reward.
+    Choices are drawn for AHEAD steps at once, so that each teacher is asked in one batch; the policy has then moved on
+    a little, which the importance ratio pi_now / pi_then corrects. Left out of Yuan et al. (AAAI 2021): a subset of
+    teachers (one is the point here), their soft labels in the state, the accuracy on a development set in the reward.
     """
 
     AHEAD, LR, BETA, ENTROPY = 10, 0.02, 0.1, 0.01
 
     def fit(self, world):
         self.world, rows = world, world.visited()
-        states = Standardize(e := world.embed([world.questions[row] for row in rows]))(e)
-        self.states = dict(zip(rows, states))
-        self.policy = nn.Linear(states.shape[1], len(world.teachers))
+        e = world.embed([world.questions[row] for row in rows])
+        self.states = dict(zip(rows, Standardize(e)(e)))
+        self.policy = nn.Linear(e.shape[1], len(world.teachers))
         nn.init.zeros_(self.policy.weight), nn.init.zeros_(self.policy.bias)  # starts uniform
         self.optimizer = torch.optim.Adam(self.policy.parameters(), self.LR)
-        self.baseline, self.plan, self.last = 0.0, {}, -1
+        self.baseline, self.plan, self.last = 0.0, {}, -1  # plan: {step: what look_up found}; last step with feedback
         return self
 
     def log_policy(self, rows):
         return self.policy(torch.stack([self.states[row] for row in rows])).log_softmax(1)  # (B, M)
 
+    def ahead(self, step):
+        return [row for batch in self.world.visits[step : step + self.AHEAD] for row in batch]
+
     def rationales(self, step):
         if step not in self.plan:
-            rows = [row for batch in self.world.visits[step : step + self.AHEAD] for row in batch]
             generator = torch.Generator().manual_seed(self.args.seed * 1_000_003 + step)
             with torch.no_grad():
-                logp = self.log_policy(rows)
+                logp = self.log_policy(self.ahead(step))
             picks = torch.multinomial(logp.exp(), 1, generator=generator)  # (AHEAD * B, 1)
             self.look_up(step, picks, logp.gather(1, picks)[:, 0])
         return [[text] for text in self.plan[step][-1]]
 
     def look_up(self, step, picks, logp):
         """Have the rationales of these picks, from `step` on, written; note which conclude on the gold answer."""
-        self.plan = {}
-        visits = self.world.visits[step : step + self.AHEAD]
-        questions = [self.world.questions[row] for batch in visits for row in batch][: len(picks)]
+        questions = [self.world.questions[row] for row in self.ahead(step)[: len(picks)]]
         texts = self.world.teachers.rationales(questions, picks[:, 0].tolist())
         right = torch.tensor([float(conclusion(t, q.choices) == q.answer) for t, q in zip(texts, questions)])
-        start = 0
-        for i, batch in enumerate(visits[: math.ceil(len(texts) / len(visits[0]))]):
-            part = slice(start, start := start + len(batch))
-            self.plan[step + i] = picks[part], logp[part], right[part], texts[part]
+        B = len(self.world.visits[step])
+        batches = [slice(i, i + B) for i in range(0, len(texts), B)]
+        self.plan = {step + i: (picks[b], logp[b], right[b], texts[b]) for i, b in enumerate(batches)}
 
     def feedback(self, step, answer_losses, rationale_losses):
         self.last = step
@@ -657,9 +599,10 @@ class Reinforced(Purifier):
         losses = rationale_losses.float().cpu()
         reward = right - self.BETA * (losses - losses.mean()) / (losses.std(correction=0) + 1e-6)  # (B,)
         logp = self.log_policy(rows)
-        ratio = (logp.gather(1, picks)[:, 0].detach() - logp_then).exp()
         entropy = -(logp.exp() * logp).sum(1).mean()
-        loss = -(ratio * (reward - self.baseline) * logp.gather(1, picks)[:, 0]).mean() - self.ENTROPY * entropy
+        chosen = logp.gather(1, picks)[:, 0]  # (B,)
+        ratio = (chosen.detach() - logp_then).exp()
+        loss = -(ratio * (reward - self.baseline) * chosen).mean() - self.ENTROPY * entropy
         self.optimizer.zero_grad()
         loss.backward()
         self.optimizer.step()
@@ -675,21 +618,20 @@ class Reinforced(Purifier):
 
     def state(self):
         tensors = {f"policy.{k}": v for k, v in self.policy.state_dict().items()}
-        for i, state in self.optimizer.state_dict()["state"].items():
-            tensors |= {f"optimizer.{i}.{k}": v for k, v in state.items()}
+        adam = self.optimizer.state_dict()["state"]
+        tensors |= {f"optimizer.{i}.{k}": v for i in adam for k, v in adam[i].items()}
         tensors["baseline"] = torch.tensor(self.baseline, dtype=torch.float64)
         if left := [plan for step, plan in self.plan.items() if step > self.last]:
             tensors["picks"], tensors["logp"] = (torch.cat(x) for x in list(zip(*left))[:2])
         return tensors
 
     def restore(self, state, step):
-        self.policy.load_state_dict({k[7:]: v for k, v in state.items() if k.startswith("policy.")})
-        groups = {"param_groups": self.optimizer.state_dict()["param_groups"], "state": {}}
-        for k, v in state.items():
-            if k.startswith("optimizer."):
-                _, i, name = k.split(".")
-                groups["state"].setdefault(int(i), {})[name] = v
-        self.optimizer.load_state_dict(groups)
+        self.policy.load_state_dict({k.removeprefix("policy."): v for k, v in state.items() if k.startswith("policy.")})
+        adam = {**self.optimizer.state_dict(), "state": {}}
+        for key in (k for k in state if k.startswith("optimizer.")):
+            _, i, name = key.split(".")
+            adam["state"].setdefault(int(i), {})[name] = state[key]
+        self.optimizer.load_state_dict(adam)
         self.baseline = state["baseline"].item()
         if "picks" in state:
             self.look_up(step, state["picks"], state["logp"])

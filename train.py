@@ -28,16 +28,16 @@ def parse_args(argv=None):
     add = parser.add_argument_group("data and models (default: the micro world)").add_argument
     add("--world", type=int, default=0, metavar="N", help="seed of the micro world: its questions and its teachers")
     add("--data", metavar="DIR", help="folder with train.jsonl, valid.jsonl, test.jsonl")
-    add("--teachers", metavar="DIR", nargs="+", help="checkpoint folders of the teachers (without --data: names of the micro world's)")
+    add("--teachers", metavar="DIR", nargs="+", help="their checkpoint folders (without --data: names of the micro world's)")
     add("--student", metavar="DIR", default="tiny", help="checkpoint folder of a T5, or tiny: the micro world's, or a new one")
     add("--encoder", metavar="DIR", help="sentence encoder of the routers, Bert or T5 (default: the first T5 teacher)")
-    add("--scorer", metavar="DIR", help="LM that judges ready-made rationales (TinyLLM's layout; default: the student as it starts)")
+    add("--scorer", metavar="DIR", help="LM that judges ready-made rationales, TinyLLM's layout (default: the new student)")
     add("--ood", action="store_true", help="train the student on the out-of-domain tasks; purifiers are fitted in domain")
     add("--cache", metavar="DIR", default="cache", help="what teachers said, kept for all runs")
     add = parser.add_argument_group("purification").add_argument
     add("--fit-questions", type=int, metavar="N", help="fit the router on N training questions (default: all)")
     add("--aggregator", metavar="DIR", help="instruction-tuned LM for aggregate (default: the T5 teacher, else the student)")
-    add("--tune-aggregator", type=int, metavar="N", help="steps that teach it to aggregate (default: 800 in the micro world, else 0)")
+    add("--tune-aggregator", type=int, metavar="N", help="steps that teach it to (default: 800 in the micro world, else 0)")
     add("--teacher", type=int, metavar="K", default=0, help="which teacher --purifier single takes, from 0")
     add("--shots", type=int, metavar="N", help="examples in a teacher's prompt (default: 0 for the micro world, else 2)")
     add("--teacher-forcing", action="store_true", help="tell the teachers the answer, as TinyLLM does")
@@ -83,7 +83,7 @@ from tqdm import tqdm
 
 import kp
 import model as models
-from kp import BadInput
+from model import BadInput, require
 from purify import PURIFIERS, World
 
 # ------------------------------------------------------------------------------------------- the parts
@@ -91,13 +91,11 @@ from purify import PURIFIERS, World
 
 def check(args):
     """Fill in what depends on other arguments; refuse what cannot work before anything is read or written."""
-    if args.purifier not in PURIFIERS:
-        raise BadInput(f"--purifier {args.purifier}: unknown; take one of {', '.join(PURIFIERS)}")
+    require(args.purifier in PURIFIERS, f"--purifier {args.purifier}: unknown; take one of {', '.join(PURIFIERS)}")
     for name in ("steps", "batch_size", "eval_every", "max_new_tokens", "fit_questions"):
-        if getattr(args, name) is not None and getattr(args, name) < 1:
-            raise BadInput(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least 1")
-    if args.device == "cuda" and not torch.cuda.is_available():
-        raise BadInput("--device cuda: no such device here; take cpu")
+        value = getattr(args, name)
+        require(value is None or value > 0, f"--{name.replace('_', '-')} {value}: must be at least 1")
+    require(args.device != "cuda" or torch.cuda.is_available(), "--device cuda: no such device here; take cpu")
     args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     args.dtype = args.dtype or ("bfloat16" if args.device == "cuda" else "float32")
     args.out = args.out or f"out/{args.purifier}{'-ood' if args.ood else ''}-{args.seed}"
@@ -116,14 +114,13 @@ def read_world(args):
 
         folder = prepare.prepare(args.world)
         for name in args.teachers or ():
-            if name not in prepare.TEACHERS:
-                raise BadInput(f"--teachers {name}: the micro world's are {', '.join(prepare.TEACHERS)}; for others give --data too")
+            known = name in prepare.TEACHERS
+            require(known, f"--teachers {name}: the micro world's are {', '.join(prepare.TEACHERS)}; others need --data")
         teachers = [folder / "teachers" / name for name in args.teachers or prepare.TEACHERS]
         t5 = folder / "teachers" / "t5"  # embeds questions, whoever teaches
     data = kp.read_data(folder)
     for split in ("train", "test"):
-        if args.ood and f"ood/{split}" not in data:
-            raise BadInput(f"--ood: {folder} has no ood/{split}.jsonl")
+        require(not args.ood or f"ood/{split}" in data, f"--ood: {folder} has no ood/{split}.jsonl")
     return data, teachers, t5
 
 
@@ -135,8 +132,8 @@ def open_teachers(args, folders, data, scorer):
         teachers = kp.Teachers(folders, args.cache, asking, data["train"])
     else:
         teachers = kp.ReadyMade(args.data, data["train"], scorer, args.max_new_tokens)
-    if not 0 <= args.teacher < len(teachers):
-        raise BadInput(f"--teacher {args.teacher}: there are {len(teachers)} teachers, numbered from 0")
+    ok = 0 <= args.teacher < len(teachers)
+    require(ok, f"--teacher {args.teacher}: there are {len(teachers)} teachers, numbered from 0")
     return teachers
 
 
@@ -144,8 +141,8 @@ def load_student(args, t5, texts):
     """-> (T5, tokenizer): a checkpoint, or a new small one with the T5 teacher's tokenizer or one trained on `texts`."""
     if args.student != "tiny":
         student, tokenizer = models.load(args.student, args.device, torch.float32)
-        if not isinstance(student, models.T5):
-            raise BadInput(f"--student {args.student}: a student is a T5; this is a {student.config['model_type']}")
+        kind = student.config["model_type"]
+        require(kind == "t5", f"--student {args.student}: a student is a T5; this is a {kind}")
         return student, tokenizer
     if t5:
         config = models.read_json(t5 / "config.json")
@@ -296,7 +293,7 @@ def train(args):
             return copy.deepcopy(student).eval(), tokenizer
 
         teachers = open_teachers(args, teacher_folders, data, lambda: lm(args.scorer))
-        t5 = t5 or next((f for f in teachers.folders if models.read_json(f / "config.json")["model_type"] == "t5"), None)
+        t5 = t5 or next((f for f in teachers.folders if models.read_config(f)["model_type"] == "t5"), None)
         student, tokenizer = load_student(args, t5, map(kp.explain_prompt, data["train"]))
         if args.encoder and not hasattr(lm(args.encoder)[0], "encode"):
             raise BadInput(f"--encoder {args.encoder}: not an encoder; take a Bert or a T5")
@@ -416,13 +413,17 @@ def train(args):
 # --------------------------------------------------------------------------------------- the closing table
 
 
+def print_accuracies(accuracies):
+    """{"test": {task: accuracy}, "ood/test": ...} for a person."""
+    for split, accuracy in accuracies.items():
+        print(f"  {'out of domain' if split == 'ood/test' else 'test accuracy':<16}" + "".join(f"{task:>11}" for task in accuracy))
+        print(" " * 18 + "".join(f"{share:>11.3f}" for share in accuracy.values()))
+
+
 def show(result):
     """What the run brought and what it cost, for a person."""
     print(f"\n{result['purifier']}, seed {result['seed']}, {len(result['teachers'])} teachers, {result['steps']} steps\n")
-    for title, accuracy in (("test accuracy", result["accuracy"]), ("out of domain", result["ood"])):
-        if accuracy:
-            print(f"  {title:<16}" + "".join(f"{task:>11}" for task in accuracy))
-            print(" " * 18 + "".join(f"{share:>11.3f}" for share in accuracy.values()))
+    print_accuracies({split: shares for split, shares in (("test", result["accuracy"]), ("ood/test", result["ood"])) if shares})
     print(f"  {'tokens':<16} teachers wrote {result['teacher_tokens']:,}, student trained on {result['student_tokens']:,}")
     if result["empty_rationales"]:
         print(f"  {'note':<16} {result['empty_rationales']:,} empty rationales, from which nothing was learnt")

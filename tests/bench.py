@@ -80,7 +80,7 @@ def paired(name, ours, theirs, device, rounds, tokens=None):
     row = dict(name=name, ours=a, theirs=b, ratio=statistics.median(ratios), low=ratios[0], high=ratios[-1])
     row["tokens_per_second"] = tokens / a if tokens else None
     speed = f"{tokens / a:>10,.0f} tok/s" if tokens else ""
-    tqdm.write(f"{name:<44}{a * 1000:>9.0f} ms{b * 1000:>9.0f} ms   x{row['ratio']:.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f}){speed}")
+    tqdm.write(f"{name:<44}{a * 1e3:>9.0f} ms{b * 1e3:>9.0f} ms   x{row['ratio']:.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f}){speed}")
     return row
 
 
@@ -107,7 +107,7 @@ def training(config, ours, theirs, device, rounds, batch, source, target):
 
     def their_losses():
         ids, mask = (x.to(device) for x in models.pad(prompts))
-        labels = [(lambda t, is_token: t.masked_fill(is_token == 0, -100).to(device))(*models.pad(rows)) for rows in (answers, texts)]
+        labels = [models.pad(rows, value=-100)[0].to(device) for rows in (answers, texts)]
         return sum(theirs(input_ids=ids, attention_mask=mask, labels=rows).loss for rows in labels)
 
     tokens = 2 * sum(map(len, prompts)) + sum(map(len, answers + texts))
@@ -159,8 +159,11 @@ def scoring(config, ours, theirs, device, rounds, n=8):
             logits, labels = theirs(input_ids=ids.to(device), attention_mask=mask.to(device)).logits[:, :-1], ids[:, 1:]
         logits.float().log_softmax(-1).gather(2, labels.to(device)[..., None]).sum()
 
-    return paired(f"{config['model_type']} scores the choices of {n} questions",
-                  lambda: kp.choice_logps(ours, Words(), texts, options), their_run, device, rounds, sum(map(len, prompts)))  # fmt: skip
+    def our_run():
+        kp.choice_logps(ours, Words(), texts, options)
+
+    tokens = sum(map(len, prompts))
+    return paired(f"{config['model_type']} scores the choices of {n} questions", our_run, their_run, device, rounds, tokens)
 
 
 def loading(config, folder, device, rounds):
@@ -218,7 +221,7 @@ def hours(rows):
     read = next(v for k, v in speed.items() if k.startswith("llama scores"))
     train = next(v for k, v in speed.items() if k.startswith("training"))
     print("\nhours, arithmetic from the tokens/s above: teachers of the Llama shape, 3 epochs of the T5 shape")
-    print(f"{'questions':>10}{'teachers':>10}{'processes':>11}{'teachers: TinyLLM':>19}{'router':>9}{'student: TinyLLM':>18}{'router':>9}")
+    print(" questions  teachers  processes  teachers: TinyLLM   router  student: TinyLLM   router")
     for n, m, g in ((1e4, 4, 1), (1e4, 8, 1), (1e5, 4, 1), (1e5, 4, 8), (1e5, 8, 8), (1e6, 8, 64)):
         one, score, student = n * (300 / read + 128 / write) / 3600, n * 300 / read / 3600, 3 * n * (2 * 150 + 130) / train / 3600
         row = m * one, m * score + one, student * (150 + m * 280) / 430, student
@@ -268,7 +271,8 @@ def report_limits(config, rows, n_parameters):
         step = next(v for k, v in speed.items() if k.startswith("training"))
         print(f"training: {6 * n_parameters / 2 * step / peak:.0%} of peak FLOPs (each token passes half of the parameters)")
     elif bandwidth:
-        print(f"generation: {2 * n_parameters * speed[config['model_type'] + ' generates 64, batch 1'] / bandwidth:.0%} of peak bandwidth")
+        one = speed[f"{config['model_type']} generates 64, batch 1"]
+        print(f"generation: {2 * n_parameters * one / bandwidth:.0%} of peak bandwidth")
 
 
 if __name__ == "__main__":

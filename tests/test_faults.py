@@ -57,7 +57,8 @@ def outcome(folder):
 
 def paid(folder):
     """How many times a teacher answered, and how many different answers these were."""
-    keys = [(f, json.loads(x)["key"]) for f in (folder / "cache").rglob("said.jsonl") for x in f.read_text().split("\n") if x.endswith("}")]
+    said = [(file, line) for file in (folder / "cache").rglob("said.jsonl") for line in file.read_text().split("\n")]
+    keys = [(file, json.loads(line)["key"]) for file, line in said if line.endswith("}")]
     return len(keys), len(set(keys))
 
 
@@ -150,7 +151,8 @@ def a_killed_preparation_of_the_micro_world_goes_on(world, folder):
         script = folder / f"{name}.py"
         script.write_text(code.format(root=str(ROOT), here=str(here)))
         for i in range(kills):
-            process = subprocess.Popen([sys.executable, str(script)], stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL, start_new_session=True)
+            quiet = dict(stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+            process = subprocess.Popen([sys.executable, str(script)], start_new_session=True, **quiet)
             time.sleep(2.5 + 2 * i)
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
@@ -254,6 +256,14 @@ def test_a_bad_student_is_refused_in_one_line(world, tmp_path, spoil, says, caps
     assert says in line and str(tmp_path / "bad") in line and tree(tmp_path) == before
 
 
+def test_a_teacher_without_settings_is_refused_in_one_line(world, tmp_path, capsys):
+    shutil.copytree(world / "teachers" / "t5", tmp_path / "bad")
+    (tmp_path / "bad" / "config.json").write_text("[]")
+    before = tree(tmp_path)
+    line = one_line([*given(world, tmp_path), "--teachers", tmp_path / "bad", tmp_path / "bad"], capsys)
+    assert "bad/config.json: holds no settings" in line and tree(tmp_path) == before
+
+
 DATA = [  # the last line of train.jsonl -> what the line says
     (b"{", "not a line of JSON"),
     (b'{"text": "\xff"}', "not a line of JSON"),
@@ -284,7 +294,7 @@ def test_control_characters_of_a_question_do_not_reach_the_terminal(world, tmp_p
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(world, tmp_path, capsys):
-    arguments = given(world, tmp_path, "--purifier", "answers", "--lr", "1e30", "--steps", "40", "--warmup", "1", "--eval-every", "20")
+    arguments = given(world, tmp_path, "--purifier", "answers", "--lr", "1e30", "--steps", "40", "--warmup", "1")
     with pytest.raises(SystemExit), model.one_line_errors():
         train.main(train.parse_args([*map(str, arguments)]))
     line = capsys.readouterr().err.strip().splitlines()[-1]
@@ -310,4 +320,5 @@ if __name__ == "__main__":  # the soak
             kill_until_done(world, folder / f"killed-{purifier}", purifier, number, 20, longest=time.time() - began)
             assert outcome(folder / f"killed-{purifier}") == outcome(folder / f"whole-{purifier}")
             twice = paid(folder / f"killed-{purifier}")
-            print(f"{purifier}: 20 kills, same bits; {twice[0]} answers of teachers paid for, {twice[1]} different; {time.time() - began:.0f} s", flush=True)
+            print(f"{purifier}: 20 kills, same bits; {twice[0]} answers of teachers paid for, {twice[1]} different;"
+                  f" {time.time() - began:.0f} s", flush=True)  # fmt: skip

@@ -239,7 +239,7 @@ def test_a_long_prompt_loses_examples_never_the_question(tmp_path, capsys):
 
 
 def tinyllm_folder(folder, as_array, n=5, entries=None):
-    rows = [dict(id=str(i), question=f"Is {i} even?", choices=["yes", "no", "maybe"], answer="no" if i % 2 else "yes") for i in range(n)]
+    rows = [dict(id=str(i), question=f"{i} even?", choices=["yes", "no", "maybe"], answer=("yes", "no")[i % 2]) for i in range(n)]
     (folder / "llm").mkdir(parents=True)
     for split in ("train", "valid", "test"):
         text = json.dumps(rows) if as_array else "".join(json.dumps(row) + "\n" for row in rows)
@@ -271,8 +271,8 @@ def test_ready_made_rationales_are_judged_by_how_much_they_help(tmp_path, world,
         assert scores.shape == (5, 2) and scores[0, 0] == 0 and scores[1, 1] == 0  # the empty ones
         for q, text, score in ((data["train"][0], "It is so.", scores[0, 1]), (data["train"][1], "A rationale.", scores[1, 0])):
             answer = q.choices[q.answer]
-            ((without,), (given,)) = kp.choice_logps(
-                net, tokenizer, [kp.score_prompt(q), kp.score_prompt(q).replace(" Answer:", f" Rationale: {text} Answer:")], [[answer]] * 2)  # fmt: skip
+            prompts = [kp.score_prompt(q), kp.score_prompt(q).replace(" Answer:", f" Rationale: {text} Answer:")]
+            ((without,), (given,)) = kp.choice_logps(net, tokenizer, prompts, [[answer]] * 2)
             length = len(tokenizer.encode(answer, add_special_tokens=False).ids)
             assert score.item() == pytest.approx(1 / (1 + math.exp(-(given - without) / length)), abs=1e-5)
 

@@ -51,7 +51,7 @@ def test_every_purifier_trains_and_reports(world, teacher_folders, tmp_path, pur
     assert f"{result['accuracy']['mean']:.3f}" in text
 
     # eval.py prints the same figures from what was saved
-    evaluation.print_accuracies(evaluation.evaluate(evaluation.parse_args([str(folder)])))
+    train.print_accuracies(evaluation.evaluate(evaluation.parse_args([str(folder)])))
     assert f"{result['accuracy']['mean']:.3f}" in capsys.readouterr().out
 
 
@@ -75,11 +75,13 @@ def test_the_paper_s_recipe_runs_with_stand_in_weights(world, teacher_folders, t
             model.save(net, tokenizer, teachers[i])
             model.write_json(teachers[i] / "tokenizer_config.json", {"chat_template": "{{ messages }}"})
     net, tokenizer = model.load(teacher_folders[0])
-    sizes = dict(vocab_size=tokenizer.get_vocab_size(), hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32)
+    sizes = dict(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32)
+    sizes["vocab_size"] = tokenizer.get_vocab_size()
     model.save(model.Bert(sizes), tokenizer, tmp_path / "bert")
     for purifier in ("router", "classifier", "aggregate"):
-        folder = run(world, teachers, tmp_path, "--purifier", purifier, "--student", str(teacher_folders[0]), "--shots", "2", "--lr", "1e-4",
-                     "--teacher-forcing", "--encoder", str(tmp_path / "bert"), "--aggregator", str(teachers[1]), name=purifier)  # fmt: skip
+        parts = ["--student", str(teacher_folders[0]), "--encoder", str(tmp_path / "bert"), "--aggregator", str(teachers[1])]
+        how = ["--purifier", purifier, "--shots", "2", "--lr", "1e-4", "--teacher-forcing"]
+        folder = run(world, teachers, tmp_path, *how, *parts, name=purifier)
         assert json.loads((folder / "result.json").read_text())["teachers"] == [f"hf-{i}" for i in range(4)]
 
 
@@ -87,7 +89,8 @@ def test_the_paper_s_recipe_runs_with_stand_in_weights(world, teacher_folders, t
 def test_every_purifier_trains_on_tinyllm_s_layout(tmp_path, purifier, capsys):
     entries = [f"Because of {i}. Thus, the answer is llama rationale: Since {i}." for i in range(19)] + ["llama rationale: So."]
     tinyllm_folder(tmp_path / "parity", True, n=20, entries=entries)
-    train.main(train.parse_args(["--data", str(tmp_path / "parity"), "--purifier", purifier, *PARTS, "--out", str(tmp_path / "run")]))
+    where = ["--data", str(tmp_path / "parity"), "--out", str(tmp_path / "run")]
+    train.main(train.parse_args([*where, "--purifier", purifier, *PARTS]))
     result = json.loads((tmp_path / "run" / "result.json").read_text())
     assert result["teachers"] == ["flan-t5-xl", "llama-2"] and set(result["accuracy"]) == {"parity", "mean"}
     text = capsys.readouterr().out
@@ -166,7 +169,8 @@ def test_two_ranks_train_as_one_with_twice_the_batch(world, teacher_folders, tmp
             assert y[key] == pytest.approx(x[key], rel=1e-3, abs=1e-4), key
     r, s = (json.loads((f / "result.json").read_text()) for f in (one, tmp_path / "two"))
     assert r["ledger"] == s["ledger"] and r["student_tokens"] == s["student_tokens"]
-    said = [sorted(path.read_text().count('"key"') for path in (tmp_path / name).rglob("said.jsonl")) for name in ("cache", "cache-two")]
+    files = [(tmp_path / name).rglob("said.jsonl") for name in ("cache", "cache-two")]
+    said = [sorted(file.read_text().count('"key"') for file in both) for both in files]
     assert said[0] == said[1]  # nothing was written twice
 
 

@@ -166,7 +166,9 @@ def train_tokenizer(facts):
     for subject, (class_of, properties) in facts.items():
         corpus += [explain(class_of, e, c, p, bare(e)) for e, c in class_of.items() for p in properties[c]]
         corpus += [t.format("") for t in (*TEMPLATES[subject], PHYSICAL)]
-    q = kp.Question("", "", " ".join((CLINICAL.format("", ""), NAMING.format("a"), SUPPOSE.format(*3 * [""]))) + SUPPOSE.format(*3 * [""]), ("yes", "no", "choice", "Which"), 0)
+    suppose = SUPPOSE.format("", "", "")
+    text = " ".join((CLINICAL.format("", ""), NAMING.format("a"), suppose)) + suppose
+    q = kp.Question("", "", text, ("yes", "no", "choice", "Which"), 0)
     corpus += [kp.score_prompt(q), kp.rationale_prompt(q), kp.predict_prompt(q), kp.explain_prompt(q)]
     tokenizer = Tokenizer(models.WordLevel(unk_token="<unk>"))
     tokenizer.normalizer = normalizers.Prepend(" ")  # the first word of a text is the same token as elsewhere
