@@ -268,13 +268,6 @@ class PlackettLuceRouter:
                 break
         return xi
 
-    def log_likelihood(self, xi, weights, ranking):
-        """What `worths` maximises: xi (B, M), weights and ranking (B, K) -> (B,)."""
-        x = xi[:, None].expand(-1, ranking.shape[1], -1).gather(2, self.order[ranking])  # (B, K, M)
-        rivals = x.flip(2).cumsum(2).flip(2).gather(2, self.start[ranking])
-        data = (weights[..., None] * self.choices[ranking] * (x / rivals).log()).sum(dim=(1, 2))
-        return data + self.prior * (xi.log().mean(dim=1) - xi.sum(dim=1).log())
-
     @torch.no_grad()
     def route(self, embeddings):
         q, tau = F.normalize(self.standardize(embeddings), dim=1), self.tau_route
