@@ -29,7 +29,7 @@ def parse_args(argv=None):
     add("--world", type=int, default=0, metavar="N", help="seed of the micro world")
     add("--steps", type=int, metavar="N", help="optimiser steps of each run (default: train.py's)")
     add("--jobs", type=int, default=1, metavar="N", help="runs at a time, the cores shared out among them")
-    add("--quick", action="store_true", help="one seed and 200 steps")
+    add("--quick", action="store_true", help="one seed and 200 steps, a rehearsal: students are near chance")
     add("--out", metavar="DIR", default="out", help="where runs and tables go")
     add("--plot", metavar="FILE", help="with --conflict or --table: draw it (needs matplotlib)")
     return parser.parse_args(argv)
