@@ -67,7 +67,7 @@ def read_rows(path):
 
 def read_questions(path):
     """One question a line or entry: {"id", "task", "text", "choices", "answer"}, the answer a choice, its index or letter."""
-    questions = []
+    questions, taken = [], set()
     for where, row in read_rows(path):
         row = row if isinstance(row, dict) else {}
         text, choices, answer = row.get("text", row.get("question")), row.get("choices"), row.get("answer")
@@ -80,7 +80,10 @@ def read_questions(path):
         known = type(answer) is int and 0 <= answer < len(choices)
         require(known, f"{where}: the answer {answer!r} is not among the {len(choices)} choices; give its text or index")
         task = str(row.get("task", Path(path).resolve().parent.name))
-        questions.append(Question(str(row.get("id", len(questions))), task, text, tuple(choices), answer))
+        name = str(row.get("id", len(questions)))
+        name = f"{name}#{len(questions)}" if name in taken else name  # data sets put together may share ids
+        taken.add(name)
+        questions.append(Question(name, task, text, tuple(choices), answer))
     require(questions, f"{path}: holds no question; write one a line")
     return questions
 

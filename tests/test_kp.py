@@ -28,8 +28,9 @@ def write_lines(path, *rows):
 
 def test_an_answer_may_be_an_index_or_a_choice(tmp_path):
     path = write_lines(tmp_path / "q.jsonl", a_question(), a_question(answer="trout"), {**a_question(), "question": "Q?"})
-    by_index, by_text, _ = kp.read_questions(path)
-    assert by_index == by_text and by_index.choices[by_index.answer] == "trout"
+    by_index, by_text, other = kp.read_questions(path)
+    assert by_index.answer == by_text.answer and by_index.choices[by_index.answer] == "trout"
+    assert len({by_index.id, by_text.id, other.id}) == 3  # though the file gives all of them one
 
 
 @pytest.mark.parametrize(
