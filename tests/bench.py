@@ -1,6 +1,6 @@
 """This project beside `transformers`: the same work, weights and machine, taking turns. Medians of paired runs.
 
-    python tests/bench.py                        # 6 minutes on 2 CPU cores; needs transformers, which nothing else does
+    python tests/bench.py                        # 7 minutes on 2 CPU cores; needs transformers, which nothing else does
     python tests/bench.py --device cuda --large  # FLAN-T5-large's and an 8B Llama's shapes, bfloat16
 
 Prints a table and writes it with --out FILE as JSON. Ratio: transformers' seconds / ours, above 1 where we are faster.

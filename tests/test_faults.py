@@ -66,7 +66,7 @@ def kill_until_done(world, folder, purifier, seed, kills, longest):
     """kill -9 at random moments, then --resume, `kills` times; then let it end."""
     rng, done = random.Random(seed), 0
     while done < kills:
-        process, wait = start(*given(world, folder, "--purifier", purifier, "--resume")), rng.uniform(1, longest)
+        process, wait = start(*given(world, folder, "--purifier", purifier, "--resume")), rng.uniform(0.1, longest)
         try:
             process.wait(wait)
             assert process.returncode == 0, process.stderr.read()
@@ -294,7 +294,8 @@ def test_control_characters_of_a_question_do_not_reach_the_terminal(world, tmp_p
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(world, tmp_path, capsys):
-    arguments = given(world, tmp_path, "--purifier", "answers", "--lr", "1e30", "--steps", "40", "--warmup", "1")
+    bad = ["--purifier", "answers", "--lr", "1e30", "--steps", "40", "--warmup", "1", "--eval-every", "20"]
+    arguments = given(world, tmp_path, *bad)
     with pytest.raises(SystemExit), model.one_line_errors():
         train.main(train.parse_args([*map(str, arguments)]))
     line = capsys.readouterr().err.strip().splitlines()[-1]
