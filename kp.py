@@ -155,10 +155,10 @@ def conclusion(rationale, choices):
 # ---------------------------------------------------------------------------------------------- scoring
 
 
-def continuation(tokenizer, prompt, text):
-    """The ids that `text` adds behind `prompt` (tokenised together: joins at the seam are the model's own)."""
+def continuation(tokenizer, prompt, n_prompt, text):
+    """The ids that `text` adds behind `prompt`, itself n_prompt ids (tokenised together: joins at the seam are the model's own)."""
     seam = "" if prompt[-1:].isspace() else " "
-    return tokenizer.encode(prompt + seam + text).ids[len(tokenizer.encode(prompt).ids) :]
+    return tokenizer.encode(prompt + seam + text).ids[n_prompt:]
 
 
 @torch.no_grad()
@@ -169,7 +169,7 @@ def choice_logps(model, tokenizer, prompts, choices, batch_size=64, bar=None):
     if hasattr(model, "encode"):  # an encoder-decoder
         tails = [[e.ids for e in tokenizer.encode_batch(list(c))] for c in choices]
     else:
-        tails = [[continuation(tokenizer, p, c) for c in cs] for p, cs in zip(prompts, choices)]
+        tails = [[continuation(tokenizer, p, len(own), c) for c in cs] for p, own, cs in zip(prompts, ids, choices)]
     for rows in by_length(ids, batch_size):
         flat = [tail for row in rows for tail in tails[row]]
         owner = torch.tensor([i for i, row in enumerate(rows) for _ in tails[row]], device=device)

@@ -105,11 +105,11 @@ def linear(x, weight):
 
 
 class Linear(nn.Linear):
-    def __init__(self, d_in, d_out, bias=False):
-        super().__init__(d_in, d_out, bias)
+    def __init__(self, d_in, d_out):
+        super().__init__(d_in, d_out, bias=False)
 
     def forward(self, x):
-        return linear(x, self.weight) if self.bias is None else linear(x, self.weight) + self.bias
+        return linear(x, self.weight)
 
 
 ACTIVATIONS = {"relu": F.relu, "gelu": F.gelu, "silu": F.silu, "gelu_new": functools.partial(F.gelu, approximate="tanh")}
@@ -715,3 +715,31 @@ def save(model, tokenizer, path):
     config["torch_dtype"] = str(next(model.parameters()).dtype).removeprefix("torch.")
     config["architectures"] = [ARCHITECTURES[config["model_type"]][1]]
     write_json(path / "config.json", config)
+
+
+def state_of(**parts):
+    """Modules and optimisers by name -> {"name.key": tensor}, an optimiser's "name.i.key" for its i-th parameter."""
+    tensors = {}
+    for name, part in parts.items():
+        state = part.state_dict()
+        if isinstance(part, torch.optim.Optimizer):
+            state = {f"{i}.{key}": value for i, each in state["state"].items() for key, value in each.items()}
+        tensors |= {f"{name}.{key}": value for key, value in state.items()}
+    return tensors
+
+
+def part_of(tensors, name):
+    return {key.removeprefix(f"{name}."): value for key, value in tensors.items() if key.startswith(f"{name}.")}
+
+
+def restore_state(tensors, **parts):
+    """Give modules and optimisers what `state_of` took from them."""
+    for name, part in parts.items():
+        state = part_of(tensors, name)
+        if isinstance(part, torch.optim.Optimizer):
+            by_parameter = {}
+            for key, value in state.items():
+                i, _, key = key.partition(".")
+                by_parameter.setdefault(int(i), {})[key] = value
+            state = {**part.state_dict(), "state": by_parameter}
+        part.load_state_dict(state)

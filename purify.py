@@ -610,21 +610,14 @@ class Reinforced(Purifier):
         return self.log_policy([row]).exp()[0].tolist()
 
     def state(self):
-        tensors = {f"policy.{k}": v for k, v in self.policy.state_dict().items()}
-        adam = self.optimizer.state_dict()["state"]
-        tensors |= {f"optimizer.{i}.{k}": v for i in adam for k, v in adam[i].items()}
+        tensors = models.state_of(policy=self.policy, optimizer=self.optimizer)
         tensors["baseline"] = torch.tensor(self.baseline, dtype=torch.float64)
         if left := [plan for step, plan in self.plan.items() if step > self.last]:
             tensors["picks"], tensors["logp"] = (torch.cat(x) for x in list(zip(*left))[:2])
         return tensors
 
     def restore(self, state, step):
-        self.policy.load_state_dict({k.removeprefix("policy."): v for k, v in state.items() if k.startswith("policy.")})
-        adam = {**self.optimizer.state_dict(), "state": {}}
-        for key in (k for k in state if k.startswith("optimizer.")):
-            _, i, name = key.split(".")
-            adam["state"].setdefault(int(i), {})[name] = state[key]
-        self.optimizer.load_state_dict(adam)
+        models.restore_state(state, policy=self.policy, optimizer=self.optimizer)
         self.baseline = state["baseline"].item()
         if "picks" in state:
             self.look_up(step, state["picks"], state["logp"])

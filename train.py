@@ -145,7 +145,7 @@ def load_student(args, t5, texts):
         require(kind == "t5", f"--student {args.student}: a student is a T5; this is a {kind}")
         return student, tokenizer
     if t5:
-        config = models.read_json(t5 / "config.json")
+        config = models.read_config(t5)
         tokenizer = models.load_tokenizer(t5 / "tokenizer.json", config["vocab_size"])
         special = config["pad_token_id"], config["eos_token_id"]
     else:
@@ -253,9 +253,7 @@ def open_folder(args):
 
 def save_checkpoint(path, student, optimizer, purifier, progress):
     """Everything that training changes, in one file. Random draws need no state: they depend on (seed, step) alone."""
-    tensors = {f"student.{k}": v for k, v in student.state_dict().items()}
-    for i, state in optimizer.state_dict()["state"].items():
-        tensors |= {f"optimizer.{i}.{k}": v for k, v in state.items()}
+    tensors = models.state_of(student=student, optimizer=optimizer)
     tensors |= {f"purifier.{k}": v for k, v in purifier.state().items()}
     with models.atomic(path) as temporary:
         save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, temporary, {"progress": json.dumps(progress)})
@@ -265,14 +263,8 @@ def load_checkpoint(path, student, optimizer, purifier):
     """-> progress"""
     with safe_open(path, "pt") as f:
         progress, tensors = json.loads(f.metadata()["progress"]), {k: f.get_tensor(k) for k in f.keys()}
-    part = lambda name: {k[len(name) :]: v for k, v in tensors.items() if k.startswith(name)}  # noqa: E731
-    student.load_state_dict(part("student."))
-    state = {}
-    for key, value in part("optimizer.").items():
-        i, name = key.split(".")
-        state.setdefault(int(i), {})[name] = value
-    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
-    purifier.restore(part("purifier."), progress["step"])
+    models.restore_state(tensors, student=student, optimizer=optimizer)
+    purifier.restore(models.part_of(tensors, "purifier"), progress["step"])
     return progress
 
 
