@@ -1,14 +1,16 @@
-"""Measure students: the accuracy of one, a close look at what it learnt, and the paper's tables over many runs.
+"""Measure students: the accuracy of one, a close look at what it learnt, and tables over many runs.
 
-    python eval.py out/router-0                      # the figures that the run printed
-    python eval.py out/router-0 --show 5             # what teachers wrote, what was chosen, what the student says
-    python eval.py CHECKPOINT --data DIR             # any T5 checkpoint folder, any data set
-    python eval.py --table [--quick]                 # every purifier and control, three seeds: the main table
-    python eval.py --conflict                        # TinyLLM and the router with 1, 2, 3, 4 teachers; the conflict meter
-    python eval.py --ood                             # purifiers fitted in domain, used on tasks they never saw
-    python eval.py --fit-curve                       # the router fitted on 250, 1,000 and all questions
+    python eval.py out/router-0               # the figures that the run printed
+    python eval.py out/router-0 --show 5      # what teachers wrote, what was chosen, what it says
+    python eval.py CHECKPOINT --data DIR      # any T5 checkpoint folder, any data set
+    python eval.py --compare "--purifier router" "--purifier none --alpha 1"    # your own ablation
+    python eval.py --table                    # every purifier and control
+    python eval.py --conflict                 # TinyLLM and the router with 1, 2, 3, 4 teachers
+    python eval.py --ood                      # purifiers used on tasks that they never saw
+    python eval.py --fit-curve                # the router fitted on fewer questions
 
-Measurements start train.py as a user would, keep what is done, and write their tables to out/NAME.md and .json.
+A table starts train.py as a user would, once for each row and seed, and keeps what is done. It writes
+out/NAME.md and out/NAME.json. Points are paired by seed, with the 95 % interval of their mean.
 """
 
 import argparse
@@ -16,30 +18,41 @@ import sys
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    add = parser.add_argument
+    """Return the arguments."""
+    as_written = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser("eval.py", description=__doc__, formatter_class=as_written)
+    add = parser.add_argument_group("one student").add_argument
     add("run", nargs="?", help="a run's folder (out/RUN) or a checkpoint folder")
-    add("--data", metavar="DIR", help="data set (default: the run's own)")
     add("--show", type=int, metavar="N", help="look at N training questions closely")
-    add("--device", default=None, help="cpu or cuda (default: cuda if there is one)")
-    add = parser.add_argument_group("measurements over many runs").add_argument
+    add("--device", help="cpu or cuda (default: cuda if there is one)")
+
+    add = parser.add_argument_group("many runs: which").add_argument
+    add("--compare", nargs="+", metavar="ARGUMENTS", help="rows: train.py's arguments, in quotes")
     for name in ("table", "conflict", "ood", "fit-curve"):
-        add(f"--{name}", action="store_true", help="see above")
-    add("--seeds", type=int, default=3, metavar="N", help="runs of each, with seeds 0 to N - 1")
-    add("--world", type=int, default=0, metavar="N", help="seed of the micro world")
-    add("--steps", type=int, metavar="N", help="optimiser steps of each run (default: train.py's)")
-    add("--jobs", type=int, default=1, metavar="N", help="runs at a time, the cores shared out among them")
-    add("--quick", action="store_true", help="one seed and 200 steps, a rehearsal: students are near chance")
-    add("--out", metavar="DIR", default="out", help="where runs and tables go")
-    add("--plot", metavar="FILE", help="with --conflict or --table: draw it (needs matplotlib)")
+        add(f"--{name}", dest="table", action="store_const", const=name, help="see above")
+    add("--seeds", type=int, default=3, help="runs of each row (default: 3)")
+    add("--jobs", type=int, default=1, help="runs at a time; they share the cores (default: 1)")
+    add("--out", default="out", help="where runs and tables go (default: out)")
+    add("--plot", metavar="FILE", help="draw the table too (needs matplotlib)")
+
+    add = parser.add_argument_group("many runs: train.py's arguments for all of them").add_argument
+    add("--data", help="data set (for one student: default is the run's own)")
+    add("--teachers", nargs="+")
+    add("--student")
+    add("--world", type=int)
+    add("--steps", type=int)
+    add("--quick", action="store_true", help="a rehearsal: one seed, 200 steps")
     return parser.parse_args(argv)
 
 
 if __name__ == "__main__":
     ARGS = parse_args()  # before the slow imports: --help answers at once
 
+import importlib.util
 import os
 import random
+import re
+import shlex
 import statistics
 import subprocess
 import textwrap
@@ -52,276 +65,374 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import kp
-import model as models
+import model
 import train
 from data.micro import prepare
+from data.questions import read_data
 from model import BadInput, require
 from purify import PURIFIERS
 
-# ------------------------------------------------------------------------------------------ one student
+# -------------------------------------------------------------------------------------- one student
 
 
-def open_run(args):
-    """-> (settings of the run, {} for a bare checkpoint; data; student; tokenizer)."""
-    folder, settings = Path(args.run), {}
-    require(folder.is_dir(), f"{folder}: no such folder; give a run (out/RUN) or a checkpoint folder")
-    if (folder / "purified.jsonl").exists() or (folder / "metrics.jsonl").exists():
-        require((folder / "result.json").exists(), f"{folder}: this run is not finished; go on with train.py ... --resume")
-        settings, folder = models.read_json(folder / "config.json"), folder / "student"
-    data = kp.read_data(args.data or settings.get("data") or prepare.prepare(settings.get("world", 0)))
-    student, tokenizer = models.load(folder, args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    require(isinstance(student, models.T5), f"{folder}: a student is a T5; this is a {student.config['model_type']}")
-    return settings, data, student, tokenizer
+def open_student(args):
+    """Return (settings of the run, None for a bare checkpoint; student; tokenizer)."""
+    folder = Path(args.run)
+    settings = None
+    why = f"{folder}: no such folder; give a run (out/RUN) or a checkpoint folder"
+    require(folder.is_dir(), why)
+    if (folder / "metrics.jsonl").exists():
+        why = f"{folder}: this run is not finished; go on with train.py ... --resume"
+        require((folder / "result.json").exists(), why)
+        settings = argparse.Namespace(**model.read_json(folder / "config.json"))
+        settings.device = args.device
+        folder = folder / "student"
+    student, tokenizer = model.load(folder, args.device)
+    kind = student.config["model_type"]
+    require(kind == "t5", f"{folder}: a student is a T5; this is a {kind}")
+    return settings, student, tokenizer
 
 
 def evaluate(args):
-    """-> {split: {task: accuracy, ..., "mean"}} of a run's or checkpoint's student on test and ood/test."""
-    _, data, student, tokenizer = open_run(args)
-    return {split: kp.accuracy(student, tokenizer, data[split]) for split in ("test", "ood/test") if split in data}
+    """Return {split: {task: accuracy, ..., "mean"}} of a student on test and ood/test."""
+    settings, student, tokenizer = open_student(args)
+    folder = args.data
+    if folder is None and settings:
+        folder = settings.data
+    data = read_data(folder or prepare.prepare(settings.world if settings else 0))
+    splits = [split for split in ("test", "ood/test") if split in data]
+    return {split: kp.accuracy(student, tokenizer, data[split]) for split in splits}
 
 
 def look(args):
-    """For some training questions: what each teacher wrote, what the student was given, what it says now."""
-    settings, data, student, tokenizer = open_run(args)
+    """Print for some training questions what each teacher wrote, what the student was given, and
+    what it says now.
+    """
+    settings, student, tokenizer = open_student(args)
     require(settings, f"{args.run}: --show needs a run's folder (out/RUN), not a bare checkpoint")
-    chosen = [row for _, row in kp.read_rows(Path(args.run) / "purified.jsonl")]
-    questions = {q.id: q for q in data["train"] + data.get("ood/train", [])}
-    known = [row for row in chosen if row["id"] in questions]
-    shown = random.Random(settings["seed"]).sample(known, max(0, min(args.show, len(known))))
-    asked = argparse.Namespace(**settings)
-    teachers = train.open_teachers(asked, train.read_world(asked)[1], data, lambda: (student, tokenizer))
-    colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
-
-    def line(label, text, right=None, code="0"):
-        mark, code = {None: (" ", code), True: ("+", "32"), False: ("-", "31")}[right]
-        label = f"{mark} {label[:22]:<22} "
-        text = textwrap.fill(kp.printable(text), 100, initial_indent=label, subsequent_indent=" " * len(label))
-        print(f"\033[{code}m{text}\033[0m" if colour else text)
-
-    for row in shown:
+    require(args.data is None, "--show takes the questions of the run itself; leave --data out")
+    data, teachers, *_ = train.open_parts(settings, train.Ranks(args.device))
+    questions = {q.id: q for q in train.training_questions(settings, data)[0]}
+    rows = [row for _, row in model.read_rows(Path(args.run) / "purified.jsonl")]
+    for row in random.Random(settings.seed).sample(rows, min(max(args.show, 0), len(rows))):
         q = questions[row["id"]]
         print("-" * 100)
-        line(q.task, kp.ask(q), code="1")
-        line("right answer", q.choices[q.answer])
+        print_line(q.task, kp.ask(q), bold=True)
+        print_line("right answer", q.right)
         for m, name in enumerate(teachers.names):
-            given = f" P={row['probabilities'][m]:.2f}" if row["probabilities"] else ""
-            (text,) = teachers.rationales([q], [m])
-            line(f"{name}{given}", text, kp.conclusion(text, q.choices) == q.answer)
+            chance = f" P={row['probabilities'][m]:.2f}" if row["probabilities"] else ""
+            print_rationale(name + chance, teachers.rationales([q], [m])[0], q)
         for text in row["rationales"]:
-            line("=> student learnt", text, kp.conclusion(text, q.choices) == q.answer)
-        (logps,) = kp.choice_logps(student, tokenizer, [kp.predict_prompt(q)], [q.choices])
-        guess = logps.index(max(logps))
-        line("student answers", q.choices[guess], guess == q.answer)
-        ids, mask = (x.to(models.device_of(student)) for x in models.pad([tokenizer.encode(kp.explain_prompt(q)).ids]))
-        text = tokenizer.decode(student.generate(ids, mask, settings["max_new_tokens"])[0].tolist()).strip()
-        line("student explains", text, kp.conclusion(text, q.choices) == q.answer)
-    print("-" * 100 + "\n+ concludes on the right answer   - on another   => what the purifier gave to the student")
+            print_rationale("=> student learnt", text, q)
+        prompt = kp.predict_prompt(q)
+        logps = kp.choice_logps(student, tokenizer, [prompt], [q.choices], max_length=kp.MAX_LENGTH)
+        guess = kp.likeliest(logps[0])
+        print_line("student answers", q.choices[guess], guess == q.answer)
+        text = explanation(student, tokenizer, q, settings.max_new_tokens)
+        print_rationale("student explains", text, q)
+    print("-" * 100)
+    print("+ concludes on the right answer   - on another   => what the purifier gave to the student")
 
 
-# ------------------------------------------------------------------------------------------- many runs
+def explanation(student, tokenizer, q, max_new_tokens):
+    """Return the rationale that the student itself writes."""
+    ids, mask = model.pad(kp.TokenCache(tokenizer).prompts([kp.explain_prompt(q)]))
+    device = model.device_of(student)
+    new = student.generate(ids.to(device), mask.to(device), max_new_tokens)
+    return tokenizer.decode(new[0].tolist()).strip()
+
+
+def print_rationale(label, text, q):
+    print_line(label, text, kp.conclusion(text, q.choices) == q.answer)
+
+
+def print_line(label, text, right=None, bold=False):
+    """Print a label and a text of any length; right marks it + or -, in colour on a terminal."""
+    mark = {None: " ", True: "+", False: "-"}[right]
+    code = {None: "1" if bold else "0", True: "32", False: "31"}[right]
+    text = "".join(c if c.isprintable() else " " for c in text)  # a file must not steer a terminal
+    label = f"{mark} {label[:22]:<22} "
+    text = textwrap.fill(text, 100, initial_indent=label, subsequent_indent=" " * len(label))
+    in_colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
+    print(f"\033[{code}m{text}\033[0m" if in_colour else text)
+
+
+# ---------------------------------------------------------------------------------------- many runs
+
+
+def rows_of(args):
+    """Return (a table's rows, {label: train.py's arguments}; the labels with which the other rows
+    are compared).
+    """
+    if args.compare:
+        return {text: text for text in args.compare}, args.compare[:1]
+    purifiers = [name for name in PURIFIERS if name != "single"]
+    teachers = args.teachers or list(prepare.TEACHERS)
+    rows = {}
+    if args.table == "table":  # the paper's main table: every purifier and control
+        for name in purifiers:
+            rows[name] = f"--purifier {name}"
+        singles = {f"single {m}": f"--purifier single --teacher {m}" for m in range(len(teachers))}
+        return {**rows, **singles}, ["none", "random", "answers", *singles]
+    if args.table == "ood":  # fitted in domain, used on tasks that they never saw
+        for name in purifiers:
+            rows[f"{name} ood"] = f"--purifier {name} --ood"
+    if args.table == "fit-curve":  # what a router needs beforehand
+        for n in (250, 1000):
+            rows[f"router fit {n}"] = f"--purifier router --fit-questions {n}"
+        rows["router"] = "--purifier router"
+    if args.table == "conflict":  # the paper's first figure: more and more teachers
+        for n in range(1, len(teachers) + 1):
+            first = shlex.join(teachers[:n])
+            rows[f"none {n}"] = f"--purifier none --teachers {first}"
+            if n > 1:  # of one teacher there is nothing to choose
+                rows[f"router {n}"] = f"--purifier router --teachers {first}"
+    return rows, []
 
 
 def folder_of(args, label, seed):
-    return Path(args.out) / ("quick" if args.quick else "runs") / f"{label}-{seed}"
+    """Return the folder of the run of this row and seed."""
+    name = re.sub(r"[^\w.]+", "-", label).strip("-")
+    return Path(args.out) / ("quick" if args.quick else "runs") / f"{name}-{seed}"
 
 
-def run_all(args, jobs):
-    """jobs {label: train.py's arguments} x seeds -> {label: [result of each seed]}. What is done is not done again."""
-    steps, todo, results = 200 if args.quick else args.steps, [], {label: [] for label in jobs}
-    for label, arguments in jobs.items():
-        for seed in range(1 if args.quick else args.seeds):
-            out = folder_of(args, label, seed)
-            asked = [*map(str, arguments), *(["--steps", str(steps)] if steps else []), "--world", str(args.world)]
-            asked += ["--seed", str(seed), "--out", str(out)]
-            same = (out / "config.json").exists() and models.read_json(out / "config.json").get("command") == asked
-            results[label].append(out / "result.json")
-            if not (same and (out / "result.json").exists()):
-                todo.append([*asked, "--resume" if same else "--overwrite"])
-    prepare.prepare(args.world)  # once, not in every run
-    environment = os.environ | {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // args.jobs))}
-
-    def run(asked):
-        command = [sys.executable, str(Path(__file__).with_name("train.py")), *asked]
-        done = subprocess.run(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-        if done.returncode:
-            raise BadInput(f"train.py {' '.join(asked)} failed: {done.stderr.strip().splitlines()[-1]}")
-
+def run_all(args, rows):
+    """Train what is missing. Return {label: [the result of each seed]}."""
+    common = []
+    for name in ("data", "student", "world", "steps"):
+        if getattr(args, name) is not None:
+            common += [f"--{name}", str(getattr(args, name))]
+    if args.teachers:
+        common += ["--teachers", *args.teachers]
+    folders = {}
+    commands = []
+    for label, arguments in rows.items():
+        folders[label] = [folder_of(args, label, seed) for seed in range(args.seeds)]
+        for seed, folder in enumerate(folders[label]):
+            command = [*common, *shlex.split(arguments), "--seed", str(seed), "--out", str(folder)]
+            same = is_run_of(folder, command)
+            if not (same and (folder / "result.json").exists()):
+                commands.append([*command, "--resume" if same else "--overwrite"])
+    if not args.data:
+        prepare.prepare(args.world or 0)  # once, not in every run
     with ThreadPoolExecutor(args.jobs) as pool:
-        list(tqdm(pool.map(run, todo), "runs", len(todo), unit="run"))
-    return {label: [models.read_json(path) for path in paths] for label, paths in results.items()}
+        done = pool.map(start, commands, [args.jobs] * len(commands))
+        list(tqdm(done, "runs", len(commands), unit="run"))
+    results = {}
+    for label, each in folders.items():
+        results[label] = [model.read_json(folder / "result.json") for folder in each]
+    return results
+
+
+def is_run_of(folder, command):
+    """Tell whether this folder holds a run with just these arguments."""
+    asked = train.parse_args(command)
+    train.settle(asked)
+    config = folder / "config.json"
+    before = model.read_json(config) if config.exists() else {}
+    settings = {name: before.get(name, value) for name, value in vars(asked).items()}
+    return bool(before) and settings == vars(asked)
+
+
+def start(command, jobs):
+    """Run train.py with its share of the cores. Raise BadInput with its last line where it
+    fails.
+    """
+    threads = str(max(1, (os.cpu_count() or 1) // jobs))
+    script = str(Path(__file__).with_name("train.py"))
+    environment = {**os.environ, "OMP_NUM_THREADS": threads}
+    python = [sys.executable, script, *command]
+    done = subprocess.run(python, env=environment, capture_output=True, text=True)
+    if done.returncode != 0:
+        last = done.stderr.strip().splitlines()[-1]
+        raise BadInput(f"train.py {shlex.join(command)} failed: {last}")
 
 
 def deviation(values):
-    """Standard deviation over seeds; 0 for one."""
+    """Return the standard deviation over seeds; 0 for one."""
     return statistics.stdev(values) if len(values) > 1 else 0.0
 
 
 def spread(values):
-    """Shares -> mean ± standard deviation over seeds, in %."""
-    return f"{100 * statistics.mean(values):.1f}" + (f" ± {100 * deviation(values):.1f}" if len(values) > 1 else "")
+    """Return shares as "mean ± standard deviation", in %."""
+    shares = [100 * value for value in values]
+    text = f"{statistics.mean(shares):.1f}"
+    return f"{text} ± {deviation(shares):.1f}" if len(shares) > 1 else text
 
 
-T95 = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36, 9: 2.31, 10: 2.26}  # Student's t, by seeds
+def t95(n):
+    """Return the 97.5 % quantile of Student's t for n values (n - 1 degrees of freedom)."""
+    small = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447}
+    if n in small:
+        return small[n]
+    z = 1.959964  # Cornish and Fisher's expansion: right to 0.003 from n = 8 on
+    f = n - 1
+    return z + (z**3 + z) / (4 * f) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * f**2)
 
 
 def difference(a, b):
-    """Points of mean accuracy by which runs `a` lie above runs `b`, seed by seed, with the 95 % interval of the mean."""
+    """Return by how many points of mean accuracy runs a lie above runs b, seed by seed, with the
+    mean's 95 % interval.
+    """
     gaps = [100 * (x["accuracy"]["mean"] - y["accuracy"]["mean"]) for x, y in zip(a, b)]
-    interval = f" ± {T95.get(len(gaps), 1.96) * statistics.stdev(gaps) / len(gaps) ** 0.5:.1f}" if len(gaps) > 1 else ""
-    return f"{statistics.mean(gaps):+.1f}{interval}"
+    text = f"{statistics.mean(gaps):+.1f}"
+    if len(gaps) == 1:
+        return text
+    return f"{text} ± {t95(len(gaps)) * deviation(gaps) / len(gaps) ** 0.5:.1f}"
 
 
-def total(result, *kinds):
-    """Tokens of these kinds in the run's ledger."""
-    return sum(n for kind, n in result["ledger"].items() if any(kind.endswith(k) for k in kinds))
+def tokens(result, *kinds):
+    """Return the tokens of these kinds (read, wrote) in a run's ledger."""
+    return sum(n for kind, n in result["ledger"].items() if kind.endswith(kinds))
 
 
-def publish(args, name, header, rows, results):
-    """Print a Markdown table; write it, and all that it was made from, to out/NAME.md and out/NAME.json."""
-    lines = [header, ["---"] * len(header), *rows]
-    text = "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines) + "\n"
-    with models.atomic(Path(args.out) / f"{name}.md") as temporary:
+def publish(args, name, header, lines, content):
+    """Print a Markdown table; write it to out/NAME.md, and all that it was made from to
+    out/NAME.json.
+    """
+    text = ""
+    for line in [header, ["---"] * len(header), *lines]:
+        text += "| " + " | ".join(line) + " |\n"
+    with model.atomic(Path(args.out) / f"{name}.md") as temporary:
         temporary.write_text(text, encoding="utf-8")
-    models.write_json(Path(args.out) / f"{name}.json", results)
+    model.write_json(Path(args.out) / f"{name}.json", content)
     print("\n" + text)
 
 
-def result_rows(results):
-    """One row a label: accuracies in %, tokens in thousands, seconds of training."""
+def measure(args):
+    """Run a table's rows and publish them: accuracies in %, tokens in thousands, seconds of
+    training; then differences.
+    """
+    name = "compare" if args.compare else args.table
+    rows, against = rows_of(args)
+    results = run_all(args, rows)
     first = next(iter(results.values()))[0]
-    shares = [(split, task) for split in ("accuracy", "ood") for task in first[split]]
     header = ["", *first["accuracy"], *(f"{task} (ood)" for task in first["ood"])]
     header += ["teachers wrote k", "all read k", "student k", "train s"]
-    rows = []
+    lines = []
     for label, runs in results.items():
-        cost = [[total(r, "wrote") for r in runs], [total(r, "read") for r in runs], [r["student_tokens"] for r in runs]]
-        cells = [spread([r[split][task] for r in runs]) for split, task in shares]
-        cells += [f"{statistics.mean(c) / 1000:,.0f}" for c in cost]
-        rows.append([label, *cells, f"{statistics.mean(r['seconds']['train'] for r in runs):.0f}"])
-    return header, rows
+        cells = [label]
+        for split in ("accuracy", "ood"):
+            for task in first[split]:
+                cells.append(spread([run[split][task] for run in runs]))
+        wrote = [tokens(run, "wrote") for run in runs]
+        read = [tokens(run, "read") for run in runs]
+        learnt = [run["student_tokens"] for run in runs]
+        for counts in (wrote, read, learnt):
+            cells.append(f"{statistics.mean(counts) / 1000:,.0f}")
+        cells.append(f"{statistics.mean([run['seconds']['train'] for run in runs]):.0f}")
+        lines.append(cells)
+    publish(args, name, header, lines, results)
 
-
-def measure(args, name, jobs):
-    """Run these jobs and publish a row of each."""
-    results = run_all(args, jobs)
-    publish(args, name, *result_rows(results), results)
-    return results
-
-
-def table(args):
-    """The paper's main table: every purifier and control."""
-    jobs = {}
-    for name in PURIFIERS:
-        each = {f"single-{t}": ["--purifier", name, "--teacher", m] for m, t in enumerate(prepare.TEACHERS)}
-        jobs |= each if name == "single" else {name: ["--purifier", name]}
-    results = measure(args, "table", jobs)
-    singles = [runs for label, runs in results.items() if label.startswith("single-")]
-    best = max(singles, key=lambda runs: statistics.mean(r["valid"]["mean"] for r in runs))  # by valid, not by test
-    against = {"TinyLLM": results["none"], "random": results["random"], "best single": best}
-    rows = [[label, *(difference(runs, other) for other in against.values())] for label, runs in results.items()]
-    publish(args, "differences", ["points above", *against], rows, rows)
-    return results
-
-
-def ood(args):
-    """Purifiers fitted on the in-domain tasks only choose the rationales of tasks that they never saw."""
-    measure(args, "ood", {f"ood-{name}": ["--purifier", name, "--ood"] for name in PURIFIERS if name != "single"})
-
-
-def fit_curve(args):
-    """What a router needs beforehand: accuracy and tokens when it is fitted on fewer questions."""
-    jobs = {f"router-fit-{n}": ["--purifier", "router", "--fit-questions", n] for n in (250, 1000)}
-    measure(args, "fit-curve", {**jobs, "router": ["--purifier", "router"]})
-
-
-def conflict(args):
-    """Accuracy against the number of teachers (the paper's first figure), and the conflict meter."""
-    names, jobs = list(prepare.TEACHERS), {}
-    for n in range(1, len(names) + 1):
-        for purifier in ("none", "router")[:n]:  # of one teacher there is nothing to choose
-            given = ["--teachers", *names[:n]] if n < len(names) else []
-            jobs[f"{purifier}-{n}-teachers" if given else purifier] = ["--purifier", purifier, *given]
-    results, rows = measure(args, "conflict", jobs), []
-    for purifier in ("none", "router"):
-        rows += [[f"{purifier}: {label}", *cosines] for label, *cosines in conflict_meter(folder_of(args, purifier, 0))]
-    publish(args, "conflict-meter", ["rationales, student", "same question", "same answer"], rows, rows)
-    return results
+    if against:
+        lines = []
+        for label, runs in results.items():
+            cells = [difference(runs, results[other]) if label != other else "" for other in against]
+            lines.append([label, *cells])
+        publish(args, f"{name}-differences", ["points above", *against], lines, lines)
+    if name == "conflict":
+        lines = []
+        for label in list(results)[-2:]:  # TinyLLM and the router, with all teachers
+            for when, *cosines in conflict_meter(folder_of(args, label, 0)):
+                lines.append([f"{label}: {when}", *cosines])
+        header = ["rationales, student", "same question", "same answer"]
+        publish(args, "conflict-meter", header, lines, lines)
+    if args.plot:
+        plot(args, results, by_teachers=name == "conflict")
 
 
 def conflict_meter(run, n_pairs=64):
-    """How far a run's rationales pull its student apart: the mean cosine of the gradients of L_DL for two rationales.
+    """Yield how far a run's rationales pull its student apart: the mean cosine of the gradients
+    that two of them give L_DL.
 
-    "same question": two teachers' rationales of one question (only where more than one is given). "same answer": two
-    questions with the same right answer, a rationale of each. 1: they teach the same; 0: unrelated; below 0: opposed.
-    Measured on n_pairs pairs before training (the student's first weights) and after it. -> rows of text.
+    "same question": two teachers' rationales of one question, where more than one is given. "same
+    answer": two questions with the same right answer, a rationale of each. 1: they teach the
+    same; 0: unrelated; below 0: opposed. Measured on n_pairs pairs, with the student's first
+    weights and with its last. A row: label and two cosines, as texts.
     """
-    asked, rng = argparse.Namespace(**models.read_json(run / "config.json")), random.Random(0)
-    data, _, t5 = train.read_world(asked)
-    given = {row["id"]: row["rationales"] for _, row in kp.read_rows(run / "purified.jsonl")}
+    settings = argparse.Namespace(**model.read_json(run / "config.json"))
+    rng = random.Random(0)
+    data, _, student, tokenizer, _ = train.open_parts(settings, train.Ranks(settings.device))
+    given = {row["id"]: row["rationales"] for _, row in model.read_rows(run / "purified.jsonl")}
     by_answer = {}
-    for q in data["train"]:
+    for q in train.training_questions(settings, data)[0]:
         if given.get(q.id):
-            by_answer.setdefault((q.task, q.choices[q.answer]), []).append(q)
-    groups = [g for g in by_answer.values() if len(g) > 1]
+            by_answer.setdefault((q.task, q.right), []).append(q)
+    groups = [group for group in by_answer.values() if len(group) > 1]
     pairs = [rng.sample(rng.choice(groups), 2) for _ in range(n_pairs)]
-
-    def cosine(student, encode, *two):
-        gradients = []
-        for q, text in two:
-            student.zero_grad()
-            kp.sequence_losses(student, encode([kp.explain_prompt(q)]), encode([text])).sum().backward()
-            gradients.append(torch.cat([p.grad.flatten() for p in student.parameters() if p.grad is not None]))
-        return F.cosine_similarity(*gradients, dim=0).item()
-
-    first = train.load_student(asked, t5, map(kp.explain_prompt, data["train"]))
-    for label, (student, tokenizer) in (("before training", first), ("after training", models.load(run / "student"))):
-        encode = kp.Targets(tokenizer)
-        own = [cosine(student, encode, (q, r), (q, s)) for q, _ in pairs for r, s in combinations(given[q.id], 2)]
-        same = [cosine(student, encode, *((q, rng.choice(given[q.id])) for q in pair)) for pair in pairs]
-        yield label, f"{statistics.mean(own):.3f}" if own else "", f"{statistics.mean(same):.3f}"
+    trained, _ = model.load(run / "student", settings.device)
+    for label, lm in (("before training", student), ("after training", trained)):
+        token_cache = kp.TokenCache(tokenizer)
+        same_question = []
+        same_answer = []
+        for q, other in pairs:
+            for text, another in combinations(given[q.id], 2):
+                same_question.append(gradient_cosine(lm, token_cache, (q, text), (q, another)))
+            first = rng.choice(given[q.id])
+            second = rng.choice(given[other.id])
+            same_answer.append(gradient_cosine(lm, token_cache, (q, first), (other, second)))
+        own = f"{statistics.mean(same_question):.3f}" if same_question else ""
+        yield label, own, f"{statistics.mean(same_answer):.3f}"
 
 
-def plot(args, results):
-    """The main table: accuracy against tokens; else against the number of teachers. Error bars are standard deviations."""
-    try:
-        import matplotlib
-    except ImportError:
-        raise BadInput("--plot needs matplotlib; pip install matplotlib") from None
-    matplotlib.use("Agg")
+def gradient_cosine(student, token_cache, *examples):
+    """Return the cosine of the gradients of L_DL of two examples (question, rationale)."""
+    gradients = []
+    for q, text in examples:
+        student.zero_grad()
+        prompts = token_cache.prompts([kp.explain_prompt(q)])
+        kp.sequence_losses(student, prompts, token_cache.targets([text])).sum().backward()
+        parts = [p.grad.flatten() for p in student.parameters() if p.grad is not None]
+        gradients.append(torch.cat(parts))
+    return F.cosine_similarity(*gradients, dim=0).item()
+
+
+def plot(args, results, by_teachers):
+    """Draw accuracy against the number of teachers, or against tokens. Error bars are standard
+    deviations.
+    """
+    import matplotlib
     from matplotlib import pyplot
 
+    matplotlib.use("Agg")
+
     figure, axes = pyplot.subplots(figsize=(6, 4))
-
-    def draw(points, **style):  # {x: runs}
-        ys = [[100 * r["accuracy"]["mean"] for r in runs] for _, runs in sorted(points.items())]
-        axes.errorbar(sorted(points), [statistics.mean(y) for y in ys], [deviation(y) for y in ys], color="black", **style)
-
-    if args.table:
-        for marker, (label, runs) in zip("osv^<>DPX*hd8p1234", results.items()):
-            tokens = statistics.mean(total(r, "wrote", "read") + r["student_tokens"] for r in runs) / 1e6
-            draw({tokens: runs}, fmt=marker, mfc="none", capsize=3, label=label)
-        axes.set(xlabel="tokens read, written and trained on (millions)")
-    else:
-        for purifier, fmt, label in (("none", "s--", "TinyLLM (all rationales)"), ("router", "o-", "router (one rationale)")):
-            points = {len(runs[0]["teachers"]): runs for runs in results.values() if runs[0]["purifier"] == purifier}
-            draw(points, fmt=fmt, capsize=4, label=label)
-        axes.set(xlabel="teachers", xticks=[1, 2, 3, 4])
+    for label, runs in results.items():
+        shares = [100 * run["accuracy"]["mean"] for run in runs]
+        y = statistics.mean(shares)
+        if by_teachers:
+            x = len(runs[0]["teachers"])
+        else:
+            counts = [tokens(run, "wrote", "read") + run["student_tokens"] for run in runs]
+            x = statistics.mean(counts) / 1e6
+        axes.errorbar(x, y, deviation(shares), fmt="o", color="black", capsize=3)
+        axes.annotate(label, (x, y), xytext=(6, 3), textcoords="offset points", fontsize=7)
+    axes.set_xlabel("teachers" if by_teachers else "tokens read, written and trained on (millions)")
     axes.set_ylabel("mean in-domain test accuracy (%)")
-    axes.legend(fontsize=7, frameon=False)
     figure.tight_layout()
     figure.savefig(args.plot, dpi=150)
     print(f"drawn in {args.plot}")
 
 
 def main(args):
-    for measurement in (table, conflict, ood, fit_curve):
-        if getattr(args, measurement.__name__):
-            results = measurement(args)
-            return plot(args, results) if args.plot and measurement in (table, conflict) else None
-    require(args.run is not None, "nothing to do: give a run's folder, or one of --table, --conflict, --ood, --fit-curve")
-    look(args) if args.show else train.print_accuracies(evaluate(args))
+    for name in ("seeds", "jobs"):
+        require(getattr(args, name) > 0, f"--{name} {getattr(args, name)}: must be at least 1")
+    has_matplotlib = importlib.util.find_spec("matplotlib")
+    require(not args.plot or has_matplotlib, "--plot needs matplotlib; pip install matplotlib")
+    args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if args.quick:
+        args.seeds = 1
+        args.steps = 200
+    if args.compare or args.table:
+        measure(args)
+    else:
+        require(args.run, "nothing to do: give a run's folder, --compare or a table; see --help")
+        if args.show:
+            look(args)
+        else:
+            train.print_accuracies(evaluate(args))
 
 
 if __name__ == "__main__":
-    with models.one_line_errors():
+    with model.one_line_errors():
         main(ARGS)

@@ -1,40 +1,35 @@
-"""The method's nouns: questions, prompts, teachers who score and explain, and the student's dual loss.
+"""The method's nouns, in order: a question, its prompts, the dual loss, scoring, teachers.
 
-A multiple-choice `Question` goes to M `Teachers`. Each can score it (how probable does it find the right choice?
-cheap: nothing is generated) and write a rationale for it (expensive: so it is written only when a purifier asks
-for it, and kept on disk for ever). The student learns from both with one loss,
+M teachers each write a rationale for a multiple-choice question. A purifier (purify.py) makes one
+rationale of the M. The student learns the answer and that rationale with one loss,
 
-    L_MTKD-KP = L_PR(answer | q) + lambda * L_DL(rationale | q)          (arXiv 2602.01064; TinyLLM, 2402.04616)
+    L_MTKD-KP = L_PR(answer | q) + lambda * L_DL(rationale | q)              (arXiv 2602.01064)
 
-where one model does both, told apart by the prefixes `predict:` and `explain:`.
-Read in this order: questions, prompts, scoring, teachers, the dual loss.
+One model does both, told apart by the prefixes `predict:` and `explain:`. Left out: everything
+that a teacher might say besides text (logits, hidden states), because the method distils text
+alone.
 """
 
 import errno
 import hashlib
 import json
+import math
 import os
 import random
 import re
-import sys
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
-from tokenizers import Tokenizer, decoders
-from tokenizers.models import BPE
-from tokenizers.pre_tokenizers import ByteLevel
-from tokenizers.processors import TemplateProcessing
-from tokenizers.trainers import BpeTrainer
 from tqdm import tqdm
 
-import model as models
-from model import BadInput, by_length, device_of, pad, require
+import model
+from model import require
 
-# -------------------------------------------------------------------------------------------- questions
+# --------------------------------------------------------------------------------------- a question
 
 LETTERS = "abcdefghij"  # of the choices
 
@@ -47,177 +42,340 @@ class Question:
     choices: tuple
     answer: int  # index into choices
 
-
-def read_rows(path):
-    """Yield (place, object) of a file of JSON lines, or of one JSON array; BadInput names the line that does not parse."""
-    try:
-        whole = Path(path).read_bytes()
-    except OSError as error:
-        raise BadInput(f"{path}: cannot be read ({error.strerror})") from None
-    if whole.lstrip().startswith(b"["):
-        yield from ((f"{path}: entry {i}", row) for i, row in enumerate(models.read_json(path), 1))
-        return
-    for number, line in enumerate(whole.split(b"\n"), 1):
-        if line.strip():
-            try:
-                yield f"{path}:{number}", json.loads(line)
-            except (ValueError, RecursionError) as error:
-                raise BadInput(f"{path}:{number}: not a line of JSON ({error}); mend or delete it") from None
+    @property
+    def right(self):
+        """The text of the right choice."""
+        return self.choices[self.answer]
 
 
-def read_questions(path):
-    """One question a line or entry: {"id", "task", "text", "choices", "answer"}, the answer a choice, its index or letter."""
-    questions, taken = [], set()
-    for where, row in read_rows(path):
-        row = row if isinstance(row, dict) else {}
-        text, choices, answer = row.get("text", row.get("question")), row.get("choices"), row.get("answer")
-        require(isinstance(text, str) and text.strip(), f"{where}: no question; each needs text, choices and answer")
-        listed = isinstance(choices, list) and 2 <= len(choices) <= 10 and all(isinstance(c, str) and c for c in choices)
-        require(listed, f"{where}: choices must be a list of 2 to 10 texts")
-        if isinstance(answer, str):
-            names = choices if answer in choices else LETTERS.upper()[: len(choices)]
-            answer = names.index(answer) if answer in names and answer else answer
-        known = type(answer) is int and 0 <= answer < len(choices)
-        require(known, f"{where}: the answer {answer!r} is not among the {len(choices)} choices; give its text or index")
-        task = str(row.get("task", Path(path).resolve().parent.name))
-        name = str(row.get("id", len(questions)))
-        name = f"{name}#{len(questions)}" if name in taken else name  # data sets put together may share ids
-        taken.add(name)
-        questions.append(Question(name, task, text, tuple(choices), answer))
-    require(questions, f"{path}: holds no question; write one a line")
-    return questions
-
-
-def read_data(folder):
-    """A folder with train, valid and test.jsonl, and perhaps ood/train, ood/valid and ood/test.jsonl -> {split: [Question]}.
-
-    Or a folder in TinyLLM's layout: NAME_train.json, NAME_valid.json, NAME_test.json (and llm/, see ReadyMade).
-    """
-    folder = Path(folder)
-    require(folder.is_dir(), f"{folder}: no such folder; give one with train.jsonl, valid.jsonl and test.jsonl")
-    train = min(folder.glob("*_train.json"), default=folder / "train.jsonl")
-    files = {split: train.with_name(train.name.replace("train", split)) for split in ("train", "valid", "test")}
-    files |= {f"ood/{file.stem}": file for file in sorted(folder.glob("ood/*.jsonl"))}
-    return {split: read_questions(file) for split, file in files.items()}
-
-
-# ---------------------------------------------------------------------------------------------- prompts
-
-
-def printable(text):
-    """Without control characters: what a file says must not steer the reader's terminal."""
-    return "".join(c if c.isprintable() else " " for c in text)
+# -------------------------------------------------------------------------------------- its prompts
 
 
 def ask(q):
-    """The question with its choices, as teacher and student both read it."""
-    return q.text + "".join(f" ({letter}) {choice}" for letter, choice in zip(LETTERS, q.choices))
+    """Return the question with its choices, as teacher and student both read it."""
+    text = q.text
+    for letter, choice in zip(LETTERS, q.choices):
+        text += f" ({letter}) {choice}"
+    return text
 
 
 def predict_prompt(q):
+    """Return the student's prompt for the answer."""
     return f"predict: {ask(q)}"
 
 
 def explain_prompt(q):
+    """Return the student's prompt for a rationale."""
     return f"explain: {ask(q)}"
 
 
+def examples_before(examples):
+    """Return solved examples as they stand before a teacher's question."""
+    return "".join(f"Question: {ask(e)} Answer: {e.right}\n\n" for e in examples)
+
+
 def score_prompt(q, examples=(), rationale=""):
-    shown = "".join(f"Question: {ask(e)} Answer: {e.choices[e.answer]}\n\n" for e in examples)
-    return f"{shown}Question: {ask(q)}" + (f" Rationale: {rationale}" if rationale else "") + " Answer:"
+    """Return the prompt that asks for the answer alone, perhaps in view of a rationale."""
+    hint = f" Rationale: {rationale}" if rationale else ""
+    return f"{examples_before(examples)}Question: {ask(q)}{hint} Answer:"
 
 
 def rationale_prompt(q, examples=(), tell_answer=False):
-    """As TinyLLM asks: examples, question, choices, (the answer, if told), "step by step"."""
-    told = f" The answer is {q.choices[q.answer]}." if tell_answer else ""
-    return score_prompt(q, examples).removesuffix(" Answer:") + told + " Let's think step by step."
+    """Return the prompt that asks a teacher to explain, as TinyLLM asks; it may tell the answer."""
+    told = f" The answer is {q.right}." if tell_answer else ""
+    return f"{examples_before(examples)}Question: {ask(q)}{told} Let's think step by step."
 
 
 def chat_format(folder, tokenizer):
-    """How a chat model is addressed: Llama-3, or Llama-2 and Mistral; "{}" for T5 and base models, without chat template."""
-    file, template = folder / "tokenizer_config.json", (folder / "chat_template.jinja").exists()
-    if not template and not (file.exists() and models.read_json(file).get("chat_template")):
+    """Return how this checkpoint is addressed, a text with one {} for the prompt.
+
+    Llama-3 has headers, Llama-2 and Mistral have [INST]. Without a chat template (T5, base
+    models) it is "{}".
+    """
+    settings = folder / "tokenizer_config.json"
+    has_template = (folder / "chat_template.jinja").exists()
+    if not has_template and settings.exists():
+        has_template = bool(model.read_json(settings).get("chat_template"))
+    if not has_template:
         return "{}"
     if tokenizer.token_to_id("<|start_header_id|>") is None:
-        return "[INST] {} [/INST]"  # behind <s>, which is the tokenizer's to add
-    return "<|start_header_id|>user<|end_header_id|>\n\n{}<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n"
+        return "[INST] {} [/INST]"  # the tokenizer itself puts <s> before it
+    header = "<|start_header_id|>{}<|end_header_id|>\n\n"
+    return header.format("user") + "{}<|eot_id|>" + header.format("assistant")
 
 
 def conclusion(rationale, choices):
-    """The index of the choice that a rationale ends on ("... the answer is X"), or None. Letters count too."""
-    tail = re.split(r"answer is:?", rationale, flags=re.IGNORECASE)[-1].strip(" .\"'").lower()
-    if letter := re.match(rf"\(?([{LETTERS[: len(choices)]}])\)", tail):
+    """Return the index of the choice that a rationale ends on ("... the answer is X"), or None.
+
+    X is a choice's text or its letter in brackets. Where one choice begins like another, the
+    longer one counts.
+    """
+    tail = re.split(r"answer is:?", rationale, flags=re.IGNORECASE)[-1]
+    tail = tail.strip(" .\"'").lower()
+    letter = re.match(rf"\(?([{LETTERS[: len(choices)]}])\)", tail)
+    if letter:
         return LETTERS.index(letter[1])
-    named = [i for i, c in enumerate(choices) if tail.startswith(c.lower())]
-    return max(named, key=lambda i: len(choices[i])) if named else None
+    named = [i for i, choice in enumerate(choices) if tail.startswith(choice.lower())]
+    return max(named, key=lambda i: len(choices[i]), default=None)
 
 
-# ---------------------------------------------------------------------------------------------- scoring
+# ------------------------------------------------------------------------------------ the dual loss
+
+MAX_LENGTH = 512  # tokens of a student's prompt, and of a target
 
 
-def continuation(tokenizer, prompt, n_prompt, text):
-    """The ids that `text` adds behind `prompt`, itself n_prompt ids (tokenised together: joins at the seam are the model's own)."""
-    seam = "" if prompt[-1:].isspace() else " "
-    return tokenizer.encode(prompt + seam + text).ids[n_prompt:]
+class TokenCache:
+    """Turn texts into lists of token ids; each text is tokenised once."""
 
+    def __init__(self, tokenizer, max_length=MAX_LENGTH):
+        self.tokenizer = tokenizer
+        self.max_length = max_length
+        self.known = {}
 
-@torch.no_grad()
-def choice_logps(model, tokenizer, prompts, choices, batch_size=64, bar=None):
-    """log p(choice | prompt) of every choice: a list of N lists. Each prompt is read once, not once per choice."""
-    device, out = device_of(model), [None] * len(prompts)
-    ids = [e.ids for e in tokenizer.encode_batch(prompts)]
-    if hasattr(model, "encode"):  # an encoder-decoder
-        tails = [[e.ids for e in tokenizer.encode_batch(list(c))] for c in choices]
-    else:
-        tails = [[continuation(tokenizer, p, len(own), c) for c in cs] for p, own, cs in zip(prompts, ids, choices)]
-    for rows in by_length(ids, batch_size):
-        flat = [tail for row in rows for tail in tails[row]]
-        owner = torch.tensor([i for i, row in enumerate(rows) for _ in tails[row]], device=device)
-        tokens, is_token = (x.to(device) for x in pad(flat))
-        cache, first = model.prefill(*(x.to(device) for x in pad([ids[row] for row in rows])), tokens.shape[1])
-        cache.select(owner)
-        logits = first[owner, None]  # (choices, 1, V)
-        if tokens.shape[1] > 1:
-            logits = torch.cat((logits, model.step(tokens[:, :-1], cache)), 1)
-        logp = -F.cross_entropy(logits.float().transpose(1, 2), tokens, reduction="none") * is_token
-        logp = iter(logp.sum(1).tolist())
-        for row in rows:
-            out[row] = [next(logp) for _ in tails[row]]
-        if bar is not None:
-            bar.update(len(rows))
-    return out
+    def encode(self, texts):
+        new = list(set(texts) - self.known.keys())
+        self.known.update(zip(new, model.encode(self.tokenizer, new)))
+        return [self.known[text] for text in texts]
 
+    def prompts(self, texts):
+        """Return the ids of prompts. What is too long loses the beginning of its context.
 
-def accuracy(model, tokenizer, questions):
-    """The share of questions, per task and as "mean" over tasks, whose right choice is the likeliest answer."""
-    model.eval()
-    logps = choice_logps(model, tokenizer, [predict_prompt(q) for q in questions], [q.choices for q in questions])
-    total = Counter(q.task for q in questions)
-    right = Counter(q.task for q, lp in zip(questions, logps) if lp.index(max(lp)) == q.answer)
-    shares = {task: right[task] / n for task, n in total.items()}
-    return {**shares, "mean": sum(shares.values()) / len(shares)}
+        Question and choices stand at the end. The first word stays: it names the task.
+        """
+        rows = []
+        texts = list(texts)
+        for text, ids in zip(texts, self.encode(texts)):
+            if len(ids) > self.max_length:
+                first_word = self.tokenizer.encode(text.split()[0], add_special_tokens=False).ids
+                ids = model.keep_end(ids, self.max_length, len(first_word))
+                model.say_once(f"prompts over {self.max_length} tokens lose their beginning")
+            rows.append(ids)
+        return rows
 
-
-# --------------------------------------------------------------------------------------------- teachers
-
-
-def fingerprint(folder):
-    """sha256 over everything of a checkpoint that decides what it says."""
-    digest = hashlib.sha256()
-    for file in [folder / "config.json", folder / "tokenizer.json", *models.weight_files(folder)]:
-        require(file.exists(), f"{file}: no such file; a teacher is a folder with config.json, tokenizer.json and safetensors")
-        with open(file, "rb") as f:
-            while chunk := f.read(1 << 24):
-                digest.update(chunk)
-    return digest.hexdigest()
-
-
-FORMAT = 1  # of the cache's records; another is refused, not misread
+    def targets(self, texts):
+        """Return the ids of targets. What is too long loses its end, but not the end token."""
+        rows = []
+        for ids in self.encode(texts):
+            if len(ids) > self.max_length:
+                ids = ids[: self.max_length - 1] + ids[-1:]
+            rows.append(ids)
+        return rows
 
 
 @dataclass
+class DualLoss:
+    total: torch.Tensor  # (), to call backward() on
+    answer: torch.Tensor  # (B,) L_PR of each question, detached
+    rationale: torch.Tensor  # (R,) L_DL of each rationale, detached
+    tokens: int  # read and predicted
+    padded: int  # the same with padding
+
+
+def dual_loss(student, token_cache, questions, rationales, lam, alpha=None):
+    """Return the loss of a batch, L_PR + lambda * L_DL(r_P), as a DualLoss.
+
+    questions: B of them. rationales: B lists of texts, none, one or M each. With M of them it is
+    TinyLLM's L_PR + sum_m alpha_m L_DL(r_m) (2402.04616, eq. 4). alpha: every alpha_m; by default
+    lambda / M, so that rationales weigh the same however many there are. An empty rationale
+    weighs nothing. Each task has a pass of its own: one pass for both would pad answers to the
+    length of rationales.
+    """
+    # L_PR: the answer, given "predict: q"
+    predict = token_cache.prompts(map(predict_prompt, questions))
+    answers = token_cache.targets([q.right for q in questions])
+    l_pr = sequence_losses(student, predict, answers)  # (B,)
+
+    # L_DL: each rationale, given "explain: q"
+    prompts = []
+    texts = []
+    alphas = []
+    for q, own in zip(questions, rationales):
+        for text in own:
+            prompts.append(explain_prompt(q))
+            texts.append(text)
+            weight = lam / len(own) if alpha is None else alpha
+            alphas.append(weight if text else 0.0)
+    explain = token_cache.prompts(prompts)
+    texts = token_cache.targets(texts)
+    l_dl = sequence_losses(student, explain, texts) if texts else l_pr.new_zeros(0)  # (R,)
+
+    total = l_pr.mean() + (l_pr.new_tensor(alphas) * l_dl).sum() / len(questions)
+    tokens = 0
+    padded = 0
+    for rows in (predict, explain, answers, texts):
+        lengths = list(map(len, rows))
+        tokens += sum(lengths)
+        padded += len(rows) * max(lengths, default=0)
+    return DualLoss(total, l_pr.detach(), l_dl.detach(), tokens, padded)
+
+
+def sequence_losses(student, inputs, targets):
+    """Return the mean cross-entropy per target token of each row, (B,).
+
+    inputs, targets: B lists of ids each.
+    """
+    input_ids, attention_mask = model.pad(inputs)  # (B, S)
+    labels, is_label = model.pad(targets)  # (B, T)
+    start = torch.full_like(labels[:, :1], student.config["decoder_start_token_id"])
+    decoder_input_ids = torch.cat((start, labels[:, :-1]), dim=1)  # (B, T): labels, one place later
+    rows, places = is_label.nonzero(as_tuple=True)  # before the tensors move: no waiting for a GPU
+    tensors = [input_ids, attention_mask, decoder_input_ids, labels, rows, places]
+    device = model.device_of(student)
+    if device.type == "cuda":
+        tensors = [x.pin_memory().to(device, non_blocking=True) for x in tensors]
+    input_ids, attention_mask, decoder_input_ids, labels, rows, places = tensors
+    # logits (N, V) of the N labels alone: no padding
+    logits = student(input_ids, attention_mask, decoder_input_ids, (rows, places))
+    return mean_per_row(logits, labels, (rows, places))
+
+
+def mean_per_row(logits, labels, keep):
+    """Return the mean cross-entropy of each row, (B,).
+
+    logits (N, V) of N tokens, labels (B, T), keep: the rows and places of the N tokens in labels,
+    (N,) each.
+    """
+    losses = F.cross_entropy(logits.float(), labels[keep], reduction="none")  # (N,)
+    zeros = torch.zeros_like(labels, dtype=torch.float)  # (B, T)
+    sums = zeros.index_put(keep, losses).sum(1)
+    counts = zeros.index_put(keep, torch.ones_like(losses)).sum(1)
+    return sums / counts
+
+
+# ------------------------------------------------------------------------------------------ scoring
+
+
+def progress(steps, name):
+    """Show a bar over these steps where they take more than a second."""
+    return tqdm(steps, name, delay=1, leave=False, disable=len(steps) == 1)
+
+
+def choice_ids(lm, tokenizer, prompt, n_prompt, choices):
+    """Return the ids of each choice behind a prompt of n_prompt ids.
+
+    A decoder-only model reads a choice tokenised together with the prompt, as it would be
+    generated.
+    """
+    if hasattr(lm, "encode"):  # an encoder-decoder
+        return model.encode(tokenizer, choices)
+    seam = "" if prompt[-1:].isspace() else " "
+    return [tokenizer.encode(prompt + seam + choice).ids[n_prompt:] for choice in choices]
+
+
+@torch.no_grad()
+def choice_logps(lm, tokenizer, prompts, choices, batch_size=64, max_length=math.inf):
+    """Return log p(choice | prompt) in nats, summed over the choice's tokens: a list of N lists.
+
+    prompts: N texts. choices: N lists of texts. Each prompt is read once, not once for every
+    choice.
+    """
+    device = model.device_of(lm)
+    prompt_ids = TokenCache(tokenizer, max_length).prompts(prompts)
+    results = [None] * len(prompts)
+    batches = model.by_length(prompt_ids, batch_size)
+    for rows in progress(batches, "score"):
+        tails = []
+        for row in rows:
+            n_prompt = len(prompt_ids[row])
+            tails.append(choice_ids(lm, tokenizer, prompts[row], n_prompt, choices[row]))
+        counts = list(map(len, tails))
+        tokens, is_token = model.pad(sum(tails, []))  # (C, T): the choices of all these prompts
+        tokens = tokens.to(device)
+
+        # Read the prompts, then give each choice a copy of its prompt's cache.
+        ids, mask = model.pad([prompt_ids[row] for row in rows])
+        cache, first = lm.prefill(ids.to(device), mask.to(device), tokens.shape[1])
+        owner = torch.arange(len(rows)).repeat_interleave(torch.tensor(counts)).to(device)  # (C,)
+        cache.select(owner)
+        logits = first[owner, None]  # (C, 1, V) of each choice's first token
+        if tokens.shape[1] > 1:
+            logits = torch.cat((logits, lm.step(tokens[:, :-1], cache)), 1)  # (C, T, V)
+        logps = -F.cross_entropy(logits.float().transpose(1, 2), tokens, reduction="none")  # (C, T)
+        logps = (logps * is_token.to(device)).sum(1).cpu()
+        for row, own in zip(rows, logps.split(counts)):
+            results[row] = own.tolist()
+    return results
+
+
+def likeliest(logps):
+    """Return the index of the largest, the first one of equals."""
+    return logps.index(max(logps))
+
+
+def accuracy(student, tokenizer, questions):
+    """Return {task: share of questions whose right choice is the likeliest, "mean": over tasks}."""
+    student.eval()
+    prompts = list(map(predict_prompt, questions))
+    choices = [q.choices for q in questions]
+    logps = choice_logps(student, tokenizer, prompts, choices, max_length=MAX_LENGTH)
+    right = {}
+    for q, own in zip(questions, logps):
+        right.setdefault(q.task, []).append(likeliest(own) == q.answer)
+    shares = {task: sum(each) / len(each) for task, each in right.items()}
+    return {**shares, "mean": sum(shares.values()) / len(shares)}
+
+
+# ----------------------------------------------------------------------------------------- teachers
+
+
+class Teachers:
+    """M teachers: their scores and their rationales.
+
+    A score is the probability that a teacher, asked plainly, gives to the right choice; nothing
+    is generated for it. A rationale is expensive, so it is written only when a purifier asks for
+    it.
+    """
+
+    def __init__(self, teachers):
+        self.teachers = teachers
+        self.names = [teacher.name for teacher in teachers]
+        self.fit_together = sum(teacher.size for teacher in teachers) < 2**30
+
+    def __len__(self):
+        return len(self.teachers)
+
+    def at_hand(self, m):
+        """Return teacher m. Small teachers stay in memory together, large ones take turns."""
+        for teacher in self.teachers:
+            if not self.fit_together and teacher is not self.teachers[m]:
+                teacher.loaded = None
+        return self.teachers[m]
+
+    def scores(self, questions, count=True):
+        """Return (N, M). count=False keeps it out of the ledger: for figures that no purifier
+        sees.
+        """
+        columns = []
+        for m in range(len(self)):
+            columns.append(self.at_hand(m).scores(questions, count))
+        return torch.tensor(columns).T
+
+    def rationales(self, questions, picks):
+        """Return the rationale that teacher picks[i] gives to questions[i], N texts."""
+        texts = [None] * len(questions)
+        for m in sorted(set(picks)):
+            rows = [row for row, pick in enumerate(picks) if pick == m]
+            own = self.at_hand(m).rationales([questions[row] for row in rows])
+            for row, text in zip(rows, own):
+                texts[row] = text
+        return texts
+
+    def all_rationales(self, questions):
+        """Return the rationales of all teachers for each question: N lists of M texts."""
+        columns = [self.at_hand(m).rationales(questions) for m in range(len(self))]
+        return list(map(list, zip(*columns)))
+
+    @property
+    def ledger(self):
+        """Tokens that this run needed, {"score_read": n, "rationale_read": n, "rationale_wrote":
+        n}; cached ones count too.
+        """
+        return sum([teacher.ledger for teacher in self.teachers], Counter())
+
+
+@dataclass(frozen=True)
 class Asking:
-    """How teachers are asked."""
+    """How checkpoints are asked."""
 
     device: str = "cpu"
     dtype: object = None  # as stored
@@ -228,288 +386,274 @@ class Asking:
     seed: int = 0  # draws the examples
 
 
-def rank_and_ranks():
-    """This process's number and how many there are: (0, 1) but under torchrun."""
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+ONE_PROCESS = SimpleNamespace(rank=0, count=1, wait=lambda: None)  # train.Ranks without torchrun
+FORMAT = 1  # of the cache's records; another is refused, not misread
 
 
-class Teachers:
-    """M checkpoint folders, asked one after the other; what they said is kept, and paid for once.
+class CheckpointTeacher:
+    """A teacher that is a checkpoint folder. What it says is kept, and paid for once.
 
-    The cache is one append-only JSONL file per teacher in a folder named by the teacher's fingerprint; a line's
-    key hashes the prompt and the settings, so it is never stale. `ledger` counts the tokens that this run needed
-    (cache hits as if they had been computed): score_read, rationale_read and rationale_wrote.
+    The cache is an append-only JSONL file in a folder named by the fingerprint of the weights. A
+    line's key hashes the prompt and the settings, so it is never stale. Under torchrun each rank
+    computes its share of what is missing, and reads the others' share from the cache.
     """
 
-    def __init__(self, folders, cache, asking=None, examples=()):
-        self.folders, self.asking, self.examples = [Path(f) for f in folders], asking or Asking(), examples
-        for f in self.folders:
-            require(f.is_dir(), f"{f}: no such folder; --teachers takes checkpoint folders")
-            kind = models.read_config(f).get("model_type")
-            why = f"{f / 'config.json'}: model_type {kind!r} cannot teach; take a t5, llama or mistral"
-            require(kind in ("t5", "llama", "mistral"), why)
-        self.names = [f.name for f in self.folders]
-        self.files = [Path(cache) / fingerprint(f)[:16] / "said.jsonl" for f in self.folders]
-        self.said = [self._recall(f) for f in self.files]
-        self.loaded, self.manner, self.told = {}, {}, False
-        self.counted, self.ledger = set(), Counter()
-        self.size = sum(w.stat().st_size for f in self.folders for w in models.weight_files(f))
-
-    def __len__(self):
-        return len(self.folders)
-
-    def _recall(self, file):
-        """What this teacher has said: {key: record}. A line torn by a kill or a full disk is no record."""
-        records = {}
-        for number, line in enumerate(file.read_bytes().split(b"\n") if file.exists() else (), 1):
-            try:
-                record = json.loads(line)
-            except ValueError:
-                continue
-            found = record.get("format")
-            require(found == FORMAT, f"{file}:{number}: format {found!r}, this code reads {FORMAT}; give another --cache")
-            records[record["key"]] = record
-        return records
-
-    def model(self, m):
-        if m not in self.loaded:
-            if self.size >= 2**30:  # small teachers stay in memory together, large ones take turns
-                self.loaded.clear()
-            self.loaded[m] = models.load(self.folders[m], self.asking.device, self.asking.dtype)
-        return self.loaded[m]
-
-    def _manner(self, m):
-        """How teacher m reads: tokenizer, its special tokens, tokens that a prompt may have, chat format."""
-        if m not in self.manner:
-            config = models.read_config(self.folders[m])
-            tokenizer = models.load_tokenizer(self.folders[m] / "tokenizer.json", config.get("vocab_size", 2**31))
-            special = [t.content for t in tokenizer.get_added_tokens_decoder().values() if t.special]
-            room = config.get("max_position_embeddings", config.get("n_positions", 512))
-            room -= 0 if config["model_type"] == "t5" else self.asking.max_new_tokens
-            self.manner[m] = tokenizer, special, room, chat_format(self.folders[m], tokenizer)
-        return self.manner[m]
-
-    def _prompts(self, m, questions, prompt):
-        """Prompts as teacher m wants them. Examples are drawn per question, from its own task, by seed and id.
-
-        What is too long loses examples, never the question. The text of a special token is no such token.
+    def __init__(self, folder, cache, asking=Asking(), examples=(), ranks=ONE_PROCESS):
+        """examples: questions that may stand solved in a prompt. Raise BadInput where the folder
+        cannot teach.
         """
-        (tokenizer, special, room, chat), prompts, how = self._manner(m), [], self.asking
-        for q in questions:
-            others = [e for e in self.examples if e.task == q.task and e.id != q.id] if how.shots else []
-            others = random.Random(f"{how.seed} {q.id}").sample(others, min(how.shots, len(others)))
-            while True:
-                text = prompt(q, others)
-                for token in special:
-                    text = text.replace(token, "")
-                text = chat.format(text)
-                if not others or len(text.encode()) < room or len(tokenizer.encode(text).ids) <= room:
-                    break
-                others = others[1:]
-                if not self.told:
-                    tqdm.write(f"{self.names[m]} reads {room} tokens at most: examples are left out of longer prompts", sys.stderr)
-                    self.told = True
-            prompts.append(text)
-        return prompts
+        self.folder = Path(folder)
+        why = "no such folder; --teachers takes checkpoint folders and .jsonl files"
+        require(self.folder.is_dir(), f"{folder}: {why}")
+        self.name = self.folder.name
+        self.asking = asking
+        self.examples = examples
+        self.ranks = ranks
+        config = model.read_config(self.folder)
+        self.kind = config.get("model_type")
+        why = f"model_type {self.kind!r} cannot teach; take a t5, llama or mistral"
+        require(self.kind in ("t5", "llama", "mistral"), f"{self.folder / 'config.json'}: {why}")
+        self.file = Path(cache) / fingerprint(self.folder)[:16] / "said.jsonl"
+        self.said = read_cache(self.file)
+        self.size = sum(file.stat().st_size for file in model.weight_files(self.folder))
+        self.loaded = None
+        self.counted = set()
+        self.ledger = Counter()
 
-    def _answers(self, m, kind, questions, prompt, extra, compute, count=True):
-        """What teacher m says when asked prompt(q, examples): a record a question, known by the prompt and extra(q).
-
-        `compute(model, tokenizer, questions, prompts, their ids)` makes a batch of those that were not said before.
-        """
-        prompts, said, records = self._prompts(m, questions, prompt), self.said[m], []
-        keys = [hashlib.sha256(json.dumps([kind, p, extra(q)]).encode()).hexdigest()[:32] for p, q in zip(prompts, questions)]
-        rank, ranks = rank_and_ranks()  # under torchrun each rank does its share, and learns the others' from the cache
-        todo = {key: row for row, key in enumerate(keys) if key not in said and int(key, 16) % ranks == rank}
-        if todo := list(todo.values()):
-            model, tokenizer = self.model(m)
-            ids = [e.ids for e in tokenizer.encode_batch([prompts[row] for row in todo])]
-            self.files[m].parent.mkdir(parents=True, exist_ok=True)
-            bar = tqdm(total=len(todo), desc=f"{self.names[m]}: {kind}", leave=False, unit="q", delay=1)
-            with open(self.files[m], "ab", buffering=0) as file, bar:
-                for batch in by_length(ids, self.asking.batch_size):
-                    rows = [todo[i] for i in batch]
-                    theirs = [questions[row] for row in rows], [prompts[row] for row in rows], [ids[i] for i in batch]
-                    for row, answer in zip(rows, compute(model, tokenizer, *theirs)):
-                        said[keys[row]] = record = {"format": FORMAT, "key": keys[row], **answer}
-                        line = f"\n{json.dumps(record, ensure_ascii=False)}\n".encode()  # a torn line before it ends there
-                        if file.write(line) < len(line):  # one append a line: other runs may write too
-                            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.files[m]))
-                        bar.update()
-        if ranks > 1:
-            dist.barrier()
-            self.said[m] = self._recall(self.files[m])
-        for key in keys:
-            records.append(self.said[m][key])
-            if count and (m, key) not in self.counted:
-                self.counted.add((m, key))
-                self.ledger[f"{kind}_read"] += records[-1]["read"]
-                self.ledger[f"{kind}_wrote"] += records[-1].get("wrote", 0)
-        return records
+        # How it reads: its tokenizer, special tokens, room for a prompt, chat format.
+        vocab_size = config.get("vocab_size", 2**31)
+        self.tokenizer = model.load_tokenizer(self.folder / "tokenizer.json", vocab_size)
+        special = self.tokenizer.get_added_tokens_decoder().values()
+        self.special = [token.content for token in special if token.special]
+        self.room = config.get("max_position_embeddings", config.get("n_positions", 512))
+        if self.kind != "t5":
+            self.room -= asking.max_new_tokens
+        self.chat = chat_format(self.folder, self.tokenizer)
 
     def scores(self, questions, count=True):
-        """(N, M): the probability that each teacher, asked plainly, gives to the right one among the choices.
+        """Return the probability of the right choice among the choices, N floats."""
+        prompts = self.prompts(questions, score_prompt)
+        settings = [q.choices for q in questions]
+        records = self.look_up("score", questions, prompts, settings, self.score, count)
+        scores = []
+        for q, record in zip(questions, records):
+            probabilities = torch.tensor(record["logps"]).softmax(0)
+            scores.append(float(probabilities[q.answer]))
+        return scores
 
-        count=False keeps it out of the ledger: for figures that no purifier sees.
-        """
-
-        def compute(model, tokenizer, questions, prompts, ids):
-            choices = [q.choices for q in questions]
-            for logps, own, c in zip(choice_logps(model, tokenizer, prompts, choices, len(prompts)), ids, choices):
-                yield {"logps": logps, "read": len(own) + sum(len(e.ids) for e in tokenizer.encode_batch(list(c)))}
-
-        columns = []
-        for m in range(len(self)):
-            records = self._answers(m, "score", questions, score_prompt, lambda q: q.choices, compute, count)
-            columns.append([float(torch.tensor(r["logps"]).softmax(0)[q.answer]) for q, r in zip(questions, records)])
-        return torch.tensor(columns).T
-
-    def rationales(self, questions, picks):
-        """The rationale of teacher picks[i] for questions[i]: greedy, and by default not told the answer."""
-        out, how = [None] * len(questions), self.asking
+    def rationales(self, questions):
+        """Return N rationales: greedy, and by default written without knowing the answer."""
 
         def prompt(q, examples):
-            return rationale_prompt(q, examples, how.tell_answer)
+            return rationale_prompt(q, examples, self.asking.tell_answer)
 
-        def compute(model, tokenizer, questions, prompts, ids):
-            tokens, mask = (x.to(how.device) for x in pad(ids))
-            stop = model.config["eos_token_id"]
-            stop = stop if isinstance(stop, list) else [stop]
-            for own, row in zip(ids, model.generate(tokens, mask, how.max_new_tokens).tolist()):
-                row = row[: next((n for n, token in enumerate(row, 1) if token in stop), None)]
-                yield {"text": tokenizer.decode(row).strip(), "read": len(own), "wrote": len(row)}
+        settings = [self.asking.max_new_tokens] * len(questions)
+        prompts = self.prompts(questions, prompt)
+        records = self.look_up("rationale", questions, prompts, settings, self.write)
+        return [record["text"] for record in records]
 
-        for m in sorted(set(picks)):
-            mine = [i for i, pick in enumerate(picks) if pick == m]
-            asked = [questions[i] for i in mine]
-            records = self._answers(m, "rationale", asked, prompt, lambda q: how.max_new_tokens, compute)
-            for i, record in zip(mine, records):
-                out[i] = record["text"]
-        return out
+    def prompts(self, questions, prompt):
+        """Return prompt(q, examples) for each question as this teacher wants it.
+
+        Examples come from the question's own task; the seed and the question's id draw them. A
+        prompt that is too long loses examples, never the question. The text of a special token is
+        deleted.
+        """
+        texts = []
+        for q in questions:
+            examples = []
+            if self.asking.shots:
+                others = [e for e in self.examples if e.task == q.task and e.id != q.id]
+                draw = random.Random(f"{self.asking.seed} {q.id}")
+                examples = draw.sample(others, min(self.asking.shots, len(others)))
+            text = self.frame(prompt(q, examples))
+            while examples and len(self.tokenizer.encode(text).ids) > self.room:
+                examples = examples[1:]
+                text = self.frame(prompt(q, examples))
+                model.say_once(f"{self.name}: prompts over {self.room} tokens lose examples")
+            texts.append(text)
+        return texts
+
+    def frame(self, text):
+        for token in self.special:
+            text = text.replace(token, "")
+        return self.chat.format(text)
+
+    def look_up(self, kind, questions, prompts, settings, compute, count=True):
+        """Return the record of each prompt, from the cache or computed now; count it once in the
+        ledger.
+        """
+        keys = []
+        missing = {}
+        for q, prompt, setting in zip(questions, prompts, settings):
+            key = hashlib.sha256(json.dumps([kind, prompt, setting]).encode()).hexdigest()[:32]
+            keys.append(key)
+            if key not in self.said and int(key, 16) % self.ranks.count == self.ranks.rank:
+                missing[key] = (q, prompt)
+        if missing:
+            self.ask(kind, missing, compute)
+        if self.ranks.count > 1:
+            self.ranks.wait()
+            self.said = read_cache(self.file)
+        records = []
+        for key in keys:
+            record = self.said[key]
+            records.append(record)
+            if count and key not in self.counted:
+                self.counted.add(key)
+                self.ledger[f"{kind}_read"] += record["read"]
+                self.ledger[f"{kind}_wrote"] += record.get("wrote", 0)
+        return records
+
+    def ask(self, kind, missing, compute):
+        """Compute what is missing, {key: (q, prompt)}, and append it to the cache line by line."""
+        lm, tokenizer = self.lm()
+        keys = list(missing)
+        questions, prompts = zip(*missing.values())
+        ids = model.encode(tokenizer, prompts)
+        self.file.parent.mkdir(parents=True, exist_ok=True)
+        bar = tqdm(total=len(keys), desc=f"{self.name}: {kind}", leave=False, unit="q", delay=1)
+        with open(self.file, "ab", buffering=0) as file, bar:
+            for rows in model.by_length(ids, self.asking.batch_size):
+                batch = [(questions[row], prompts[row], ids[row]) for row in rows]
+                for row, answer in zip(rows, compute(lm, tokenizer, *zip(*batch))):
+                    record = {"format": FORMAT, "key": keys[row], **answer}
+                    append_line(file, record)
+                    self.said[keys[row]] = record
+                    bar.update()
+
+    def lm(self):
+        if self.loaded is None:
+            self.loaded = model.load(self.folder, self.asking.device, self.asking.dtype)
+        return self.loaded
+
+    def score(self, lm, tokenizer, questions, prompts, ids):
+        """Yield {"logps", "read"} for each question of a batch."""
+        choices = [q.choices for q in questions]
+        logps = choice_logps(lm, tokenizer, prompts, choices, len(prompts))
+        for own_logps, own_ids, texts in zip(logps, ids, choices):
+            n_choices = sum(map(len, model.encode(tokenizer, texts)))
+            yield {"logps": own_logps, "read": len(own_ids) + n_choices}
+
+    def write(self, lm, tokenizer, questions, prompts, ids):
+        """Yield {"text", "read", "wrote"} for each question of a batch."""
+        tokens, mask = model.pad(ids)
+        device = self.asking.device
+        new = lm.generate(tokens.to(device), mask.to(device), self.asking.max_new_tokens)
+        for own_ids, row in zip(ids, new.tolist()):
+            row = model.until_end(row, lm.config["eos_token_id"])
+            yield {"text": tokenizer.decode(row).strip(), "read": len(own_ids), "wrote": len(row)}
 
 
-class ReadyMade:
-    """The two teachers whose rationales come with a data set in TinyLLM's layout: text only, no weights.
+def fingerprint(folder):
+    """Return the sha256 of everything in a checkpoint that decides what it says."""
+    digest = hashlib.sha256()
+    why = "no such file; a teacher is a folder with config.json, tokenizer.json and safetensors"
+    for file in [folder / "config.json", folder / "tokenizer.json", *model.weight_files(folder)]:
+        require(file.exists(), f"{file}: {why}")
+        with open(file, "rb") as f:
+            chunk = f.read(2**24)
+            while chunk:
+                digest.update(chunk)
+                chunk = f.read(2**24)
+    return digest.hexdigest()
 
-    Each string of FOLDER/llm/train_CoT_K.json holds FLAN-T5-xl's rationale, up to "Thus, the answer is", and LLaMA-2's,
-    behind "llama rationale:". A scoring LM judges them, by how much likelier each makes the right answer a:
 
-        s_m(q) = sigmoid((log p(a | q, r_m) - log p(a | q)) / |a|),  |a| in tokens; 0 for an empty rationale
+def read_cache(file):
+    """Return what a teacher has said, {key: record}. A line that a kill or a full disk tore is no
+    record.
+    """
+    lines = file.read_bytes().split(b"\n") if file.exists() else []
+    records = {}
+    for number, line in enumerate(lines, 1):
+        try:
+            record = json.loads(line)
+        except ValueError:
+            continue
+        found = record.get("format")
+        why = f"format {found!r}, this code reads {FORMAT}; give another --cache"
+        require(found == FORMAT, f"{file}:{number}: {why}")
+        records[record["key"]] = record
+    return records
+
+
+def append_line(file, record):
+    """Write a record in one append, because other runs may write to the same file."""
+    text = json.dumps(record, ensure_ascii=False)
+    line = f"\n{text}\n".encode()  # the first \n ends a line that was torn before
+    if file.write(line) < len(line):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), file.name)
+
+
+# -------------------------------------------------------------------------- teachers that are texts
+
+
+class TextTeacher:
+    """A teacher whose rationales are ready (see data.questions.read_rationales). Words count as
+    tokens generated.
     """
 
-    names, folders = ("flan-t5-xl", "llama-2"), ()
+    kind = "text"
+    size = 0  # in memory: no weights
 
-    def __init__(self, folder, questions, scorer, max_words=128):
-        """scorer: () -> (model, tokenizer). Longer rationales are cut off, as if no more had been asked for."""
-        files = sorted(Path(folder).glob("llm/train_CoT_*.json"), key=lambda f: (len(f.name), f.name))
-        require(files, f"{folder}: no rationales in llm/train_CoT_0.json; give --teachers DIR ...")
-        texts = [(where, text) for file in files for where, text in read_rows(file)]
-        few = f"{files[-1]}: {len(texts)} rationales up to here for {len(questions)} questions; download it again"
-        require(len(texts) >= len(questions), few)
-        self.said, self.scorer, self.known, self.counted, self.ledger = {}, scorer, {}, set(), Counter()
-        for q, (where, text) in zip(questions, texts):
-            require(isinstance(text, str), f"{where}: a rationale must be a text")
-            flan, _, llama = text.partition("llama rationale:")
-            whole = re.split(r"Thus, the answer is|\n\s*Q:", flan)[0], llama
-            self.said[q] = tuple(re.match(rf"(\S+\s*){{0,{max_words}}}", w.strip())[0].strip() for w in whole)
-
-    def __len__(self):
-        return len(self.names)
+    def __init__(self, name, rationales, scores, judge):
+        """rationales: {id: text} of every question that will be asked. scores: {id: score}; the
+        judge gives the others.
+        """
+        self.name = name
+        self.said = rationales
+        self.known_scores = scores
+        self.judge = judge
+        self.counted = set()
+        self.ledger = Counter()
 
     def scores(self, questions, count=True):
-        """(N, 2), as the equation above."""
-        if new := [q for q in dict.fromkeys(questions) if q not in self.known]:
-            model, tokenizer = self.scorer()
-            prompts = [score_prompt(q, rationale=r) for q in new for r in ("", *self.said[q])]
-            answers = [(q.choices[q.answer],) for q in new for _ in range(1 + len(self))]
-            with tqdm(total=len(prompts), desc="score", leave=False, unit="prompt", delay=1) as bar:
-                logps = choice_logps(model, tokenizer, prompts, answers, bar=bar)
-            length = [len(tokenizer.encode(a, add_special_tokens=False).ids) for (a,) in answers]
-            per_token = torch.tensor([lp / n for (lp,), n in zip(logps, length)]).view(len(new), -1)
-            for q, row in zip(new, torch.sigmoid(per_token[:, 1:] - per_token[:, :1])):
-                self.known[q] = torch.where(torch.tensor([bool(r) for r in self.said[q]]), row, 0.0)
-            self.ledger["score_read"] += sum(len(e.ids) for e in tokenizer.encode_batch(prompts)) if count else 0
-        return torch.stack([self.known[q] for q in questions])
+        """Return N floats: the probability of the right choice where it is known, else the
+        judge's score.
+        """
+        unknown = [q for q in questions if q.id not in self.known_scores]
+        texts = [self.said[q.id] for q in unknown]
+        judged = self.judge.scores(unknown, texts, self.ledger if count else Counter())
+        for q, score in zip(unknown, judged):
+            self.known_scores[q.id] = score
+        return [self.known_scores[q.id] for q in questions]
 
-    def rationales(self, questions, picks):
-        """The text of teacher picks[i] for questions[i]; its words are counted as if they had been generated."""
-        for q, m in zip(questions, picks):
-            if (m, q.id) not in self.counted:
-                self.counted.add((m, q.id))
-                self.ledger["rationale_wrote"] += len(self.said[q][m].split())
-        return [self.said[q][m] for q, m in zip(questions, picks)]
+    def rationales(self, questions):
+        """Return N texts."""
+        for q in questions:
+            if q.id not in self.counted:
+                self.counted.add(q.id)
+                self.ledger["rationale_wrote"] += len(self.said[q.id].split())
+        return [self.said[q.id] for q in questions]
 
 
-# -------------------------------------------------------------------------------------------- dual loss
+class Judge:
+    """A scoring LM: how much likelier a rationale r makes the right answer a,
 
-
-class Targets:
-    """Texts -> token ids, each text tokenised once."""
-
-    def __init__(self, tokenizer, max_length=512):
-        self.tokenizer, self.max_length, self.known = tokenizer, max_length, {}
-
-    def __call__(self, texts):
-        new, limit = list({t for t in texts if t not in self.known}), self.max_length
-        for text, ids in zip(new, (e.ids for e in self.tokenizer.encode_batch(new))):
-            self.known[text] = ids if len(ids) <= limit else ids[: limit - 1] + ids[-1:]
-        return [self.known[t] for t in texts]
-
-
-def sequence_losses(student, inputs, targets):
-    """Lists of ids -> mean cross-entropy per target token of each row, (rows,)."""
-    (ids, mask), (labels, is_token), device = pad(inputs), pad(targets), device_of(student)
-    start = torch.full_like(labels[:, :1], student.config["decoder_start_token_id"])
-    where = is_token.nonzero(as_tuple=True)  # found before the tensors move: nothing waits for the GPU
-    tensors = ids, mask, torch.cat((start, labels[:, :-1]), 1), labels, *where
-    if device.type == "cuda":
-        tensors = (x.pin_memory().to(device, non_blocking=True) for x in tensors)
-    ids, mask, decoder_ids, labels, *where = tensors
-    return mean_per_row(student(ids, mask, decoder_ids, tuple(where)), labels, tuple(where))
-
-
-def mean_per_row(logits, labels, where):
-    """logits (N, V) of N tokens, labels (B, T), where: their rows and places, (N,) each -> mean cross-entropy per row (B,)."""
-    losses = F.cross_entropy(logits.float(), labels[where], reduction="none")
-    zeros = torch.zeros_like(labels, dtype=torch.float)
-    return zeros.index_put(where, losses).sum(1) / zeros.index_put(where, torch.ones_like(losses)).sum(1)
-
-
-def dual_loss(student, encode, questions, rationales, lam, alpha=None):
-    """L_PR + lambda * L_DL(r_P); with M rationales L_PR + sum_m alpha_m L_DL(r_m) (TinyLLM).
-
-    alpha_m is lambda / M unless told: the rationales weigh the same however many there are, an empty one nothing. B questions,
-    B lists of texts (none, one or M each). One pass per task: one for both, answers padded like
-    rationales, takes 14 % longer for FLAN-T5-small and 2 % less for the tiny student.
-    Returns the loss; the answers' losses (B,) and the rationales' (R,), detached; tokens read and predicted; those and padding.
+        s(q, r) = sigmoid((log p(a | q, r) - log p(a | q)) / |a|),  |a| in tokens; 0 if r is empty.
     """
-    owners = [q for q, texts in zip(questions, rationales) for _ in texts]
-    predict, explain = encode([predict_prompt(q) for q in questions]), encode([explain_prompt(q) for q in owners])
-    answers, texts = encode([q.choices[q.answer] for q in questions]), encode([r for rs in rationales for r in rs])
-    l_pr = sequence_losses(student, predict, answers)  # (B,)
-    l_dl = sequence_losses(student, explain, texts) if texts else l_pr.new_zeros(0)  # (R,)
-    weights = [bool(r) * (lam / len(rs) if alpha is None else alpha) for rs in rationales for r in rs]
-    loss = l_pr.mean() + (l_pr.new_tensor(weights) * l_dl).sum() / len(questions)
-    batches = [rows for rows in (predict, explain, answers, texts) if rows]
-    n_padded = sum(len(rows) * max(map(len, rows)) for rows in batches)
-    return loss, l_pr.detach(), l_dl.detach(), sum(len(ids) for rows in batches for ids in rows), n_padded
 
+    def __init__(self, open_lm):
+        """open_lm: () -> (lm, tokenizer), called at the first score."""
+        self.open_lm = open_lm
+        self.known = {}  # {(q, rationale): log p(a | q, rationale) / |a|}
 
-def tiny_t5(vocab_size, pad_token_id=0, eos_token_id=1):
-    """A new T5 of half a million weights that a CPU trains in a minute: the default student, and one of its teachers."""
-    t5 = models.T5(dict(
-        vocab_size=vocab_size, d_model=96, d_kv=12, d_ff=256, num_layers=2, num_heads=8, feed_forward_proj="gated-gelu",
-        tie_word_embeddings=False, dropout_rate=0.0, pad_token_id=pad_token_id, eos_token_id=eos_token_id))  # fmt: skip
-    t5.shared.weight.data *= 0.3  # T5's unit-scale embeddings move too slowly for a run this short
-    return t5
-
-
-def train_tokenizer(texts, vocab_size=4096):
-    """Byte-pair encoding of these texts, for a student that has no tokenizer of its own: <pad> is 0, </s> 1."""
-    tokenizer = Tokenizer(BPE())
-    tokenizer.pre_tokenizer, tokenizer.decoder = ByteLevel(), decoders.ByteLevel()
-    special, alphabet = ["<pad>", "</s>"], ByteLevel.alphabet()
-    trainer = BpeTrainer(vocab_size=vocab_size, special_tokens=special, initial_alphabet=alphabet, show_progress=False)
-    tokenizer.train_from_iterator(texts, trainer)
-    tokenizer.post_processor = TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
-    return tokenizer
+    def scores(self, questions, rationales, ledger):
+        """Return N floats for N questions, each with its rationale; add the tokens read to the
+        ledger.
+        """
+        pairs = [(q, "") for q in questions] + list(zip(questions, rationales))
+        new = [pair for pair in dict.fromkeys(pairs) if pair not in self.known]
+        if new:
+            lm, tokenizer = self.open_lm()
+            prompts = [score_prompt(q, rationale=r) for q, r in new]
+            logps = choice_logps(lm, tokenizer, prompts, [[q.right] for q, _ in new])
+            for pair, prompt, own in zip(new, prompts, logps):
+                n_tokens = len(tokenizer.encode(pair[0].right, add_special_tokens=False).ids)
+                self.known[pair] = own[0] / n_tokens
+                ledger["score_read"] += len(tokenizer.encode(prompt).ids)
+        scores = []
+        for q, r in zip(questions, rationales):
+            gain = self.known[q, r] - self.known[q, ""]
+            scores.append(1 / (1 + math.exp(-gain)) if r else 0.0)
+        return scores

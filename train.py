@@ -1,12 +1,14 @@
-"""Train a student by knowledge purification: read, ask the teachers, purify, train, evaluate, save.
+"""Train a student by knowledge purification: ask the teachers, purify, train, evaluate, save.
 
-    python train.py --purifier router                 # the micro world, from nothing, in minutes
-    python train.py --purifier none                   # TinyLLM: all teachers' rationales, nothing purified
-    python train.py --purifier router --data DIR --teachers DIR DIR DIR --student DIR      # your own
-    torchrun --nproc_per_node=8 train.py ...                                               # on several GPUs
+    python train.py --purifier router       # the micro world, from nothing, in minutes
+    python train.py --purifier none         # TinyLLM: all teachers' rationales, nothing purified
+    python train.py --purifier router --data DIR --teachers DIR DIR DIR --student DIR
+    torchrun --nproc_per_node=8 train.py ...                                # on several GPUs
 
-Reads top to bottom: arguments, the parts, the loop, the closing table. Writes out/RUN/: config.json (every
-argument), metrics.jsonl (a line a step), result.json, and the student as a checkpoint folder, student/.
+The file reads top to bottom: the arguments, `train` (the story), the parts that it is made of, the
+run's folder, torchrun's ranks, the closing table. A run writes out/RUN/: config.json (every
+argument), metrics.jsonl (a line a step), purified.jsonl (what the student was given), result.json,
+and the student as a checkpoint folder, student/.
 """
 
 import argparse
@@ -14,50 +16,96 @@ import os
 import sys
 
 
+PURIFIERS = """router, plackett-luce, classifier, aggregate, rl; or a control: none (TinyLLM, all
+rationales), single, random, oracle (the best-scoring teacher of each question), answers (no
+rationale)"""
+TEACHERS = """checkpoint folders, and .jsonl files of ready rationales (default: DATA/rationales/*;
+in the micro world: names of its teachers)"""
+
+
+def at_least(least):
+    """Return a check for argparse: a number of the type of `least`, and not smaller."""
+
+    def number(text):
+        value = type(least)(text)
+        if not least <= value < float("inf"):
+            raise argparse.ArgumentTypeError(f"{text}: must be at least {least}")
+        return value
+
+    number.__name__ = "number"
+    return number
+
+
+count = at_least(1)
+size = at_least(0)
+weight = at_least(0.0)
+flag = None
+
+# {group: [(name, check, default, meaning)]}. Where a default is None, see `settle`.
+ARGUMENTS = {
+    "what to run": [
+        ("purifier", str, "router", PURIFIERS),
+        ("seed", size, 0, "of everything random"),
+        ("out", str, None, "folder of this run (default: out/PURIFIER-SEED)"),
+        ("resume", flag, False, "go on from the run's last checkpoint"),
+        ("overwrite", flag, False, "start an unfinished run anew"),
+    ],
+    "data and models (default: the micro world)": [
+        ("world", size, 0, "seed of the micro world: its questions and its teachers"),
+        ("data", str, None, "folder with train.jsonl, valid.jsonl, test.jsonl"),
+        ("teachers", list, None, TEACHERS),
+        ("student", str, "tiny", "checkpoint folder of a T5, or tiny: a new small one"),
+        ("encoder", str, None, "sentence encoder of the routers (default: the T5 teacher)"),
+        ("scorer", str, None, "LM that scores ready rationales (default: the new student)"),
+        ("ood", flag, False, "train on the out-of-domain tasks; purifiers are fitted in domain"),
+        ("cache", str, "cache", "what teachers said, kept for all runs"),
+    ],
+    "purification": [
+        ("fit-questions", count, None, "questions that fit a router (default: all of train)"),
+        ("aggregator", str, None, "instruction-tuned LM for aggregate (default: the T5 teacher)"),
+        ("tune-aggregator", size, None, "steps that teach it (default: 800 in the micro world)"),
+        ("teacher", size, 0, "which teacher --purifier single takes"),
+        ("shots", size, None, "examples in a prompt (default: 0 in the micro world, else 2)"),
+        ("teacher-forcing", flag, False, "tell the teachers the answer, as TinyLLM does"),
+        ("max-new-tokens", count, 128, "longest rationale, in tokens"),
+    ],
+    "training": [
+        ("lam", weight, 1.0, "weight of the rationale loss, lambda"),
+        ("alpha", weight, None, "weight of each rationale, alpha_m (default: lambda / M)"),
+        ("steps", count, 600, "optimiser steps"),
+        ("batch-size", count, 16, "questions a step (and process, under torchrun)"),
+        ("lr", weight, None, "peak learning rate (default: 3e-3 for tiny, else 3e-4)"),
+        ("weight-decay", weight, 0.01, "of AdamW"),
+        ("warmup", size, 50, "steps of linear warm-up, then cosine decay to zero"),
+        ("clip", weight, 1.0, "largest norm of the gradient"),
+        ("eval-every", count, 200, "steps between evaluations on valid, and checkpoints"),
+        ("device", str, None, "cpu or cuda (default: cuda if there is one)"),
+        ("dtype", str, None, "float32 or bfloat16 (default: bfloat16 on cuda)"),
+        ("compile", flag, False, "torch.compile the student: a slow start, faster steps"),
+    ],
+}
+
+
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
-    add = parser.add_argument_group("what to run").add_argument
-    add("--purifier", default="router", help="router, plackett-luce, classifier, aggregate, rl; none (TinyLLM: all "
-        "rationales), single, random, oracle (the best-scoring teacher of each question), answers (no rationale)")  # fmt: skip
-    add("--seed", type=int, default=0, help="of everything random; a CPU run repeats to the bit")
-    add("--out", metavar="DIR", help="folder of this run (default: out/PURIFIER-SEED)")
-    add("--resume", action="store_true", help="go on from the run's last checkpoint")
-    add("--overwrite", action="store_true", help="start an unfinished run anew")
-    add = parser.add_argument_group("data and models (default: the micro world)").add_argument
-    add("--world", type=int, default=0, metavar="N", help="seed of the micro world: its questions and its teachers")
-    add("--data", metavar="DIR", help="folder with train.jsonl, valid.jsonl, test.jsonl")
-    add("--teachers", metavar="DIR", nargs="+", help="their checkpoint folders (without --data: names of the micro world's)")
-    add("--student", metavar="DIR", default="tiny", help="checkpoint folder of a T5, or tiny: the micro world's, or a new one")
-    add("--encoder", metavar="DIR", help="sentence encoder of the routers, Bert or T5 (default: the first T5 teacher)")
-    add("--scorer", metavar="DIR", help="LM that judges ready-made rationales, TinyLLM's layout (default: the new student)")
-    add("--ood", action="store_true", help="train the student on the out-of-domain tasks; purifiers are fitted in domain")
-    add("--cache", metavar="DIR", default="cache", help="what teachers said, kept for all runs")
-    add = parser.add_argument_group("purification").add_argument
-    add("--fit-questions", type=int, metavar="N", help="fit the router on N training questions (default: all)")
-    add("--aggregator", metavar="DIR", help="instruction-tuned LM for aggregate (default: the T5 teacher, else the student)")
-    add("--tune-aggregator", type=int, metavar="N", help="steps that teach it to (default: 800 in the micro world, else 0)")
-    add("--teacher", type=int, metavar="K", default=0, help="which teacher --purifier single takes, from 0")
-    add("--shots", type=int, metavar="N", help="examples in a teacher's prompt (default: 0 for the micro world, else 2)")
-    add("--teacher-forcing", action="store_true", help="tell the teachers the answer, as TinyLLM does")
-    add("--max-new-tokens", type=int, default=128, metavar="N", help="longest rationale, in tokens")
-    add = parser.add_argument_group("training").add_argument
-    add("--lam", type=float, default=1.0, metavar="X", help="weight of the rationale loss, lambda")
-    add("--alpha", type=float, metavar="X", help="weight of each rationale, alpha_m (default: lambda / their number)")
-    add("--steps", type=int, default=600, metavar="N", help="optimiser steps")
-    add("--batch-size", type=int, default=16, metavar="N", help="questions per step (and process, under torchrun)")
-    add("--lr", type=float, metavar="X", help="peak learning rate (default: 3e-3 for tiny, else 3e-4)")
-    add("--weight-decay", type=float, default=0.01, metavar="X", help="of AdamW")
-    add("--warmup", type=int, default=50, metavar="N", help="steps of linear warm-up, then cosine decay to zero")
-    add("--clip", type=float, default=1.0, metavar="X", help="largest norm of the gradient")
-    add("--eval-every", type=int, default=200, metavar="N", help="steps between evaluations on valid, and checkpoints")
-    add("--device", default=None, help="cpu or cuda (default: cuda if there is one)")
-    add("--dtype", default=None, choices=("float32", "bfloat16"), help="of the forward pass (default: bfloat16 on cuda)")
-    add("--compile", action="store_true", help="torch.compile the student: minutes at the start, fewer at each step")
-    args = parser.parse_args(argv)
-    args.command = [a for a in (sys.argv[1:] if argv is None else argv) if a not in ("--resume", "--overwrite")]
-    return args
+    """Return the arguments. A bad one ends the program with one line and exit code 2."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.error = refuse
+    for group, rows in ARGUMENTS.items():
+        add = parser.add_argument_group(group).add_argument
+        for name, check, default, meaning in rows:
+            if check is flag:
+                add(f"--{name}", action="store_true", help=meaning)
+            elif check is list:
+                add(f"--{name}", nargs="+", help=meaning)
+            else:
+                told = "" if default is None else f" (default: {default})"
+                add(f"--{name}", type=check, default=default, help=meaning + told)
+    return parser.parse_args(argv)
+
+
+def refuse(message):
+    print(f"error: {message.removeprefix('argument ')}", file=sys.stderr)
+    sys.exit(2)
 
 
 if __name__ == "__main__":
@@ -82,101 +130,441 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 
 import kp
-import model as models
+import model
+import purify
+from data.micro import prepare
+from data.questions import read_data, read_rationales, train_tokenizer
 from model import BadInput, require
-from purify import PURIFIERS, World
 
-# ------------------------------------------------------------------------------------------- the parts
-
-
-def check(args):
-    """Fill in what depends on other arguments; refuse what cannot work before anything is read or written."""
-    require(args.purifier in PURIFIERS, f"--purifier {args.purifier}: unknown; take one of {', '.join(PURIFIERS)}")
-    for name in ("steps", "batch_size", "eval_every", "max_new_tokens", "fit_questions"):
-        value = getattr(args, name)
-        require(value is None or value > 0, f"--{name.replace('_', '-')} {value}: must be at least 1")
-    require(args.device != "cuda" or torch.cuda.is_available(), "--device cuda: no such device here; take cpu")
-    args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    args.dtype = args.dtype or ("bfloat16" if args.device == "cuda" else "float32")
-    args.out = args.out or f"out/{args.purifier}{'-ood' if args.ood else ''}-{args.seed}"
-    args.lr = args.lr if args.lr is not None else (3e-3 if args.student == "tiny" else 3e-4)
-    args.shots = args.shots if args.shots is not None else (2 if args.data else 0)
-    if args.tune_aggregator is None:
-        args.tune_aggregator = 0 if args.data or args.aggregator else 800
-    args.log_agreement = args.data is None  # needs every teacher's scores, which are cheap only in the micro world
+# ---------------------------------------------------------------------------------------- the story
 
 
-def read_world(args):
-    """-> data {split: [Question]}; teacher folders, none where rationales are ready-made; folder of the T5 teacher or None."""
-    folder, teachers, t5 = args.data, [Path(t) for t in args.teachers or ()], None
-    if folder is None:
-        from data.micro import prepare
+def train(args):
+    """Train one student. Return the run's result; None on ranks other than 0."""
+    ranks = Ranks(args.device)
+    seconds = Stopwatch()
+    with seconds("set up"):
+        data, teachers, student, tokenizer, open_lm = open_parts(args, ranks)
+        run = Run(args, ranks)
+        if run.finished():
+            return model.read_json(run.result) if ranks.rank == 0 else None
+        questions, valid = training_questions(args, data)
+        token_cache = kp.TokenCache(tokenizer)
+        prompts = token_cache.prompts(map(kp.explain_prompt, questions))
+        visits = draw_visits(prompts, args, ranks.count)
+        optimizer = new_optimizer(student, args)
 
-        folder = prepare.prepare(args.world)
-        for name in args.teachers or ():
-            known = name in prepare.TEACHERS
-            require(known, f"--teachers {name}: the micro world's are {', '.join(prepare.TEACHERS)}; others need --data")
-        teachers = [folder / "teachers" / name for name in args.teachers or prepare.TEACHERS]
-        t5 = folder / "teachers" / "t5"  # embeds questions, whoever teaches
-    data = kp.read_data(folder)
+    # Fit the purifier. Most purifiers ask the teachers here, and only for what they need.
+    with seconds("purify"):
+        make = purify.PURIFIERS[args.purifier]
+        purifier = make(args, questions, visits, data["train"], teachers, open_lm)
+        purifier.fit()
+
+    # Train on the dual loss. Dropout depends on seed and step alone, so a resumed run repeats it.
+    run.restore(student, optimizer, purifier, seconds)
+    net = ranks.wrap(student, args.compile)
+    for step in run.steps():
+        with seconds("purify"):
+            rationales = purifier.rationales(step)  # B lists: one rationale each; TinyLLM: all M
+        with seconds("train"):
+            student.train()
+            torch.manual_seed(args.seed * 1_000_003 + step)
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(step, args)
+            batch = ranks.share([questions[row] for row in visits[step]])
+            own = ranks.share(rationales)
+            with torch.autocast(args.device, torch.bfloat16, enabled=args.dtype == "bfloat16"):
+                loss = kp.dual_loss(net, token_cache, batch, own, args.lam, args.alpha)
+            loss.total.backward()
+            norm = torch.nn.utils.clip_grad_norm_(student.parameters(), args.clip)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            loss = ranks.gather(loss, rationales)
+        with seconds("purify"):
+            noted = purifier.feedback(step, loss)
+        run.log_loss(step, loss, norm=norm, lr=learning_rate(step, args), **noted)
+        if run.evaluates(step):
+            with seconds("evaluate"):
+                run.log(step, valid=kp.accuracy(student, tokenizer, valid))
+        if run.saves(step):
+            run.save(step + 1, student, optimizer, purifier, seconds)
+
+    # Evaluate, and write what the run leaves behind.
+    if ranks.rank != 0:
+        return None
+    with seconds("evaluate"):
+        splits = [split for split in ("valid", "test", "ood/test") if split in data]
+        accuracy = {split: kp.accuracy(student, tokenizer, data[split]) for split in splits}
+        figures = purifier.figures()
+    run.log(args.steps, **accuracy)
+    model.save(student, tokenizer, run.folder / "student")
+    return run.finish(purifier, accuracy, figures, seconds)
+
+
+# ---------------------------------------------------------------------------------------- the parts
+
+
+def settle(args):
+    """Fill in the defaults that depend on other arguments. Raise BadInput for what cannot work."""
+    known = ", ".join(purify.PURIFIERS)
+    why = f"--purifier {args.purifier}: unknown; take one of {known}"
+    require(args.purifier in purify.PURIFIERS, why)
+    has_cuda = torch.cuda.is_available()
+    why = f"--device {args.device}: no such device here; take cpu"
+    require(args.device in (None, "cpu") or args.device == "cuda" and has_cuda, why)
+    in_micro_world = args.data is None
+    defaults = dict(
+        device="cuda" if has_cuda else "cpu",
+        out=f"out/{args.purifier}{'-ood' if args.ood else ''}-{args.seed}",
+        lr=3e-3 if args.student == "tiny" else 3e-4,
+        shots=0 if in_micro_world else 2,
+        tune_aggregator=800 if in_micro_world and not args.aggregator else 0,
+    )
+    for name, default in defaults.items():
+        if getattr(args, name) is None:
+            setattr(args, name, default)
+    why = f"--dtype {args.dtype}: take float32 or bfloat16"
+    require(args.dtype in (None, "float32", "bfloat16"), why)
+    if args.dtype is None:
+        args.dtype = "bfloat16" if args.device == "cuda" else "float32"
+
+
+def open_parts(args, ranks):
+    """Return what a run is made of: data {split: [Question]}, kp.Teachers, the student and its
+    tokenizer, and open_lm.
+
+    open_lm(path) loads that checkpoint, or without a path the T5 at hand: the micro world's, the
+    first T5 teacher, or else the student as it starts.
+    """
+    with ranks.first_alone():  # rank 0 makes the micro world, the others find it there
+        folder = Path(args.data) if args.data else prepare.prepare(args.world)
+    data = read_data(folder)
     for split in ("train", "test"):
         require(not args.ood or f"ood/{split}" in data, f"--ood: {folder} has no ood/{split}.jsonl")
-    return data, teachers, t5
 
+    def open_lm(path):
+        if path or t5s:
+            return model.load(path or t5s[0], args.device)
+        return copy.deepcopy(student).eval(), tokenizer
 
-def open_teachers(args, folders, data, scorer):
-    """The checkpoints in `folders`, or without any the rationales that --data brings along, judged by `scorer`."""
-    if folders:
-        asking = kp.Asking(args.device, torch.bfloat16 if args.device == "cuda" else None, args.shots, args.max_new_tokens,
-                           args.teacher_forcing, seed=args.seed)  # fmt: skip
-        teachers = kp.Teachers(folders, args.cache, asking, data["train"])
+    teachers = open_teachers(args, folder, data, kp.Judge(lambda: open_lm(args.scorer)), ranks)
+    if args.data:
+        t5s = [teacher.folder for teacher in teachers.teachers if teacher.kind == "t5"]
     else:
-        teachers = kp.ReadyMade(args.data, data["train"], scorer, args.max_new_tokens)
-    ok = 0 <= args.teacher < len(teachers)
-    require(ok, f"--teacher {args.teacher}: there are {len(teachers)} teachers, numbered from 0")
-    return teachers
+        t5s = [folder / "teachers" / "t5"]
+    student, tokenizer = load_student(args, t5s, data["train"])
+    if args.encoder:
+        encoder, _ = open_lm(args.encoder)
+        why = f"--encoder {args.encoder}: not an encoder; take a Bert or a T5"
+        require(hasattr(encoder, "encode"), why)
+    return data, teachers, student, tokenizer, open_lm
 
 
-def load_student(args, t5, texts):
-    """-> (T5, tokenizer): a checkpoint, or a new small one with the T5 teacher's tokenizer or one trained on `texts`."""
+def open_teachers(args, folder, data, judge, ranks=kp.ONE_PROCESS):
+    """Return kp.Teachers: those that --teachers names, the micro world's, or the data set's own
+    rationales/*.jsonl.
+    """
+    if args.data:
+        paths = [Path(path) for path in args.teachers or sorted(folder.glob("rationales/*.jsonl"))]
+        require(paths, f"{folder}: no teachers in rationales/*.jsonl; give --teachers DIR ...")
+    else:
+        names = args.teachers or prepare.TEACHERS
+        for name in names:
+            known = ", ".join(prepare.TEACHERS)
+            why = f"--teachers {name}: the micro world's are {known}; others need --data"
+            require(name in prepare.TEACHERS, why)
+        paths = [folder / "teachers" / name for name in names]
+    n = len(paths)
+    require(args.teacher < n, f"--teacher {args.teacher}: there are {n} teachers, numbered from 0")
+    asking = kp.Asking(
+        device=args.device,
+        dtype=torch.bfloat16 if args.device == "cuda" else None,
+        shots=args.shots,
+        max_new_tokens=args.max_new_tokens,
+        tell_answer=args.teacher_forcing,
+        seed=args.seed,
+    )
+    needed = ("train", "ood/train") if args.ood else ("train",)
+    teachers = []
+    for path in paths:
+        if path.suffix == ".jsonl":
+            texts, scores = read_rationales(path, data, needed, args.max_new_tokens)
+            teachers.append(kp.TextTeacher(path.stem, texts, scores, judge))
+        else:
+            teachers.append(kp.CheckpointTeacher(path, args.cache, asking, data["train"], ranks))
+    return kp.Teachers(teachers)
+
+
+def load_student(args, t5s, questions):
+    """Return (T5, tokenizer): a checkpoint, or a new small T5 with the tokenizer of the first of
+    t5s or of the questions.
+    """
     if args.student != "tiny":
-        student, tokenizer = models.load(args.student, args.device, torch.float32)
+        student, tokenizer = model.load(args.student, args.device, torch.float32)
         kind = student.config["model_type"]
         require(kind == "t5", f"--student {args.student}: a student is a T5; this is a {kind}")
         return student, tokenizer
-    if t5:
-        config = models.read_config(t5)
-        tokenizer = models.load_tokenizer(t5 / "tokenizer.json", config["vocab_size"])
-        special = config["pad_token_id"], config["eos_token_id"]
+    config = {}
+    if t5s:
+        config = model.read_config(t5s[0])
+        tokenizer = model.load_tokenizer(t5s[0] / "tokenizer.json", config["vocab_size"])
     else:
-        tokenizer, special = kp.train_tokenizer(texts), (0, 1)
+        tokenizer = train_tokenizer(questions)
     torch.manual_seed(args.seed)
-    return kp.tiny_t5(tokenizer.get_vocab_size(), *special).to(args.device), tokenizer
+    special = config.get("pad_token_id", 0), config.get("eos_token_id", 1)
+    return prepare.tiny_t5(tokenizer.get_vocab_size(), *special).to(args.device), tokenizer
 
 
-def draw_visits(lengths, args, block=8):
-    """visits[step]: rows of that step's batch. Every question comes once per epoch, in a new order each.
+def training_questions(args, data):
+    """Return what the student trains on, and what it is looked at with meanwhile."""
+    if not args.ood:
+        return data["train"], data["valid"]
+    return data["ood/train"], data.get("ood/valid", data["valid"])
 
-    Each `block` of batches is sorted by the questions' lengths: 5 % of the tokens are padding instead of 19 %.
+
+def draw_visits(prompts, args, ranks=1, block=8):
+    """Return visits, where visits[step] are the rows of that step's batch. Each epoch visits
+    every row once.
+
+    prompts: N lists of ids. Each `block` of batches is sorted by length: 5 % of the tokens are
+    padding instead of 19 %.
     """
-    order, visits, size = [], [], args.batch_size * kp.rank_and_ranks()[1]
-    for epoch in range(-(-args.steps * size // len(lengths))):
-        order += random.Random(f"{args.seed} {epoch}").sample(range(len(lengths)), len(lengths))
-    for start in range(0, args.steps * size, block * size):
-        rows = sorted(order[start : min(start + block * size, args.steps * size)], key=lambda row: lengths[row])
+    size = args.batch_size * ranks
+    n_visits = args.steps * size
+    order = []
+    for epoch in range(math.ceil(n_visits / len(prompts))):
+        order += random.Random(f"{args.seed} {epoch}").sample(range(len(prompts)), len(prompts))
+    visits = []
+    for start in range(0, n_visits, block * size):
+        rows = order[start : min(start + block * size, n_visits)]
+        rows.sort(key=lambda row: len(prompts[row]))
         batches = [rows[i : i + size] for i in range(0, len(rows), size)]
         visits += random.Random(f"{args.seed} {start}").sample(batches, len(batches))
     return visits
 
 
+def new_optimizer(student, args):
+    betas = 0.9, 0.98
+    decay = args.weight_decay
+    return torch.optim.AdamW(student.parameters(), args.lr, betas, weight_decay=decay, fused=True)
+
+
 def learning_rate(step, args):
+    """Return the rate of a step: linear warm-up to --lr, then cosine decay to zero."""
     if step < args.warmup:
         return args.lr * (step + 1) / args.warmup
-    return args.lr * 0.5 * (1 + math.cos(math.pi * (step - args.warmup) / max(1, args.steps - args.warmup)))
+    progress = (step - args.warmup) / max(1, args.steps - args.warmup)
+    return args.lr * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+# ----------------------------------------------------------------------------------- a run's folder
+
+FORMAT = 2  # of a run's folder; another is refused, not misread
+LOG_EVERY = 20  # steps between two moments at which the loop waits for the device, to write its log
+
+
+class Run:
+    """The folder out/RUN/, locked while the run lasts; its checkpoint, its log, and the signals
+    that stop it.
+
+    Rank 0 alone writes. The other ranks read the checkpoint and follow the same steps.
+    """
+
+    def __init__(self, args, ranks):
+        self.args = args
+        self.ranks = ranks
+        self.folder = Path(args.out)
+        self.checkpoint = self.folder / "checkpoint.safetensors"
+        self.metrics = self.folder / "metrics.jsonl"
+        self.result = self.folder / "result.json"
+        self.first_step = 0
+        self.student_tokens = 0
+        self.pending = []  # lines of metrics.jsonl that are not written yet
+        self.signals = []  # SIGINT or SIGTERM, once they came
+        self.stopping = False
+        self.valid = None
+        with ranks.first_alone():
+            if ranks.rank == 0:
+                self.lock()
+                self.open()
+
+    def lock(self):
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.lock_file = open(self.folder / ".lock", "w")
+        try:
+            fcntl.flock(self.lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # until this process ends
+        except OSError:
+            why = "another run is writing there; wait for its end or give another --out"
+            raise BadInput(f"{self.folder}: {why}") from None
+
+    def open(self):
+        """Make the folder ready: new or cleared, or with --resume as it is."""
+        config = self.folder / "config.json"
+        settings = {"format": FORMAT, **vars(self.args)}
+        del settings["resume"], settings["overwrite"]
+        before = model.read_json(config) if config.exists() else {}
+        found = before.get("format", FORMAT)
+        why = f"format {found!r}, this code writes {FORMAT}; give another --out"
+        require(found == FORMAT, f"{config}: {why}")
+        if before and self.args.resume:
+            other = [name for name, value in settings.items() if before.get(name) != value]
+            other = ", --".join(other).replace("_", "-")
+            why = f"--resume with other arguments: --{other}; give the same"
+            require(not other, f"{self.folder}: {why}")
+            if self.checkpoint.exists() or self.finished():
+                return
+        elif before and not self.finished() and not self.args.overwrite:
+            why = "holds an unfinished run; go on with --resume or start anew with --overwrite"
+            raise BadInput(f"{self.folder}: {why}")
+        for file in (self.checkpoint, self.metrics, self.result):
+            file.unlink(missing_ok=True)
+        model.write_json(config, settings)
+
+    def finished(self):
+        return self.result.exists()
+
+    # Steps and signals
+
+    def steps(self):
+        """Yield the steps that are left. After Ctrl-C or SIGTERM, end the process behind a step
+        that was saved.
+        """
+        signals = self.signals
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, lambda number, frame: signals.append(number))
+        steps = range(self.first_step, self.args.steps)
+        name = f"train {self.args.purifier}"
+        self.bar = tqdm(steps, name, initial=self.first_step, total=self.args.steps, unit="step")
+        for step in self.bar:
+            yield step
+            if self.stopping:
+                self.bar.close()
+                if self.ranks.rank == 0:
+                    again = "go on with the same command and --resume"
+                    print(f"stopped after step {step + 1} and saved; {again}", file=sys.stderr)
+                number = self.signals[0] if self.signals else signal.SIGTERM
+                sys.exit(128 + number)
+
+    def evaluates(self, step):
+        """Tell whether rank 0 looks at valid after this step."""
+        step += 1
+        return self.ranks.rank == 0 and step % self.args.eval_every == 0 and step < self.args.steps
+
+    def saves(self, step):
+        """Tell whether to save after this step: where it evaluates, and before it stops."""
+        if self.ranks.count == 1:
+            self.stopping = bool(self.signals)
+        elif (step + 1) % LOG_EVERY == 0:  # all ranks stop behind the same step
+            self.stopping = self.ranks.any(self.signals)
+        return self.stopping or self.evaluates(step)
+
+    # The log
+
+    def log_loss(self, step, loss, **values):
+        """Keep a step's figures, and write them every LOG_EVERY steps."""
+        values["loss"] = loss.total.detach()
+        values["answer"] = loss.answer.mean()
+        values["rationale"] = loss.rationale.mean() if len(loss.rationale) else 0.0
+        values["padding"] = 1 - loss.tokens / loss.padded
+        self.log(step, tokens=loss.tokens, **values)
+        if (step + 1) % LOG_EVERY == 0:
+            self.flush()
+            valid = f", valid {self.valid['mean']:.3f}" if self.valid else ""
+            self.bar.set_postfix_str(f"loss {loss.total.item():.3f}{valid}")
+
+    def log(self, step, **values):
+        self.valid = values.get("valid", self.valid)
+        self.pending.append({"step": step, **values})
+
+    def flush(self):
+        """Write the pending lines; this waits for the device. Raise BadInput where a loss is not
+        finite.
+        """
+        for line in self.pending:
+            for key, value in line.items():
+                if torch.is_tensor(value):
+                    line[key] = value.item()
+            finite = math.isfinite(line.get("loss", 0.0)) and math.isfinite(line.get("norm", 0.0))
+            place = f"{self.folder}: step {line['step']} of {self.args.purifier}"
+            require(finite, f"{place}: the loss or its gradient is not finite; lower --lr")
+            self.student_tokens += line.get("tokens", 0)
+        if self.ranks.rank == 0:
+            with open(self.metrics, "a", encoding="utf-8") as file:
+                file.writelines(json.dumps(line) + "\n" for line in self.pending)
+        self.pending.clear()
+
+    # The checkpoint
+
+    def save(self, step, student, optimizer, purifier, seconds):
+        """Write everything that training changes and nothing can recompute, in one file.
+
+        Random draws need no state, because they depend on seed and step alone. Neither does the
+        ledger: fitting the purifier again asks for the same answers, which are in the cache by
+        then.
+        """
+        self.flush()
+        if self.ranks.rank != 0:
+            return
+        tensors = model.state_of(student=student, optimizer=optimizer)
+        for name, value in purifier.state().items():
+            tensors[f"purifier.{name}"] = value
+        tensors = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
+        log_bytes = self.metrics.stat().st_size
+        counts = dict(student_tokens=self.student_tokens, log_bytes=log_bytes)
+        progress = dict(step=step, seconds=seconds, **counts)
+        with model.atomic(self.checkpoint) as temporary:
+            save_file(tensors, temporary, {"progress": json.dumps(progress)})
+
+    def restore(self, student, optimizer, purifier, seconds):
+        """Go back to the checkpoint, if there is one."""
+        if not self.checkpoint.exists():
+            return
+        with safe_open(self.checkpoint, "pt") as file:
+            progress = json.loads(file.metadata()["progress"])
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
+        model.restore_state(tensors, student=student, optimizer=optimizer)
+        purifier.restore(model.part_of(tensors, "purifier"), progress["step"])
+        seconds.update(progress["seconds"])
+        self.first_step = progress["step"]
+        self.student_tokens = progress["student_tokens"]
+        if self.ranks.rank == 0:
+            os.truncate(self.metrics, progress["log_bytes"])  # what came later comes again
+
+    def finish(self, purifier, accuracy, figures, seconds):
+        """Write purified.jsonl and result.json, delete the checkpoint. Return the result."""
+        self.flush()
+        n_empty = 0
+        with model.atomic(self.folder / "purified.jsonl") as temporary:
+            with open(temporary, "w", encoding="utf-8") as file:
+                for row in purifier.rows:
+                    texts = purifier.given(row)
+                    n_empty += texts.count("")
+                    line = dict(id=purifier.questions[row].id, rationales=texts)
+                    line["probabilities"] = purifier.probabilities(row)
+                    file.write(json.dumps(line, ensure_ascii=False) + "\n")
+        ledger = purifier.teachers.ledger + purifier.ledger
+        result = dict(
+            purifier=self.args.purifier,
+            seed=self.args.seed,
+            teachers=purifier.teachers.names,
+            steps=self.args.steps,
+            accuracy=accuracy["test"],
+            ood=accuracy.get("ood/test", {}),
+            valid=accuracy["valid"],
+            teacher_tokens=ledger["rationale_wrote"],
+            ledger=ledger,
+            student_tokens=self.student_tokens,
+            empty_rationales=n_empty,
+            **figures,
+            seconds={stage: round(value, 2) for stage, value in seconds.items()},
+        )
+        model.write_json(self.result, result)
+        self.checkpoint.unlink(missing_ok=True)
+        return result
 
 
 class Stopwatch(dict):
-    """with seconds("train"): ... adds to seconds["train"]."""
+    """Seconds by stage: `with seconds("train"): ...` adds to seconds["train"]."""
 
     @contextmanager
     def __call__(self, stage):
@@ -185,256 +573,120 @@ class Stopwatch(dict):
         self[stage] = self.get(stage, 0.0) + time.perf_counter() - start
 
 
-# ------------------------------------------------------------------------------- ranks, under torchrun
+# --------------------------------------------------------------------------------- torchrun's ranks
 
 
-def join_ranks(args):
-    """Under torchrun: one process a GPU (nccl), or on CPUs (gloo). -> (rank, ranks), (0, 1) without it."""
-    if "RANK" in os.environ and not dist.is_initialized():
-        if args.device == "cuda":
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        dist.init_process_group("nccl" if args.device == "cuda" else "gloo")
-    return kp.rank_and_ranks()
+class Ranks:
+    """The processes that torchrun starts, one a GPU (nccl), or on CPUs (gloo). Without torchrun
+    it is this one alone.
+
+    The whole batch has B rows, of which rank r trains on rows r, r + count, r + 2 count, ...
+    """
+
+    def __init__(self, device):
+        self.rank = 0
+        self.count = 1
+        if "RANK" in os.environ:
+            if device == "cuda":
+                torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+            if not dist.is_initialized():
+                dist.init_process_group("nccl" if device == "cuda" else "gloo")
+            self.rank = dist.get_rank()
+            self.count = dist.get_world_size()
+
+    def wait(self):
+        """Wait for all ranks."""
+        if self.count > 1:
+            dist.barrier()
+
+    @contextmanager
+    def first_alone(self):
+        """Let rank 0 go through the block before the others: it makes what they only read."""
+        if self.rank != 0:
+            self.wait()
+        yield
+        if self.rank == 0:
+            self.wait()
+
+    def share(self, rows):
+        """Return this rank's rows of the whole batch."""
+        return rows[self.rank :: self.count]
+
+    def wrap(self, student, compiles):
+        """Return the student as the loss calls it: with gradients averaged over ranks, and
+        perhaps compiled.
+        """
+        net = student
+        if self.count > 1:
+            net = torch.nn.parallel.DistributedDataParallel(student)
+            net.config = student.config
+        return torch.compile(net, dynamic=True) if compiles else net
+
+    def any(self, flag):
+        """Tell whether the flag is set on any rank."""
+        flags = [None] * self.count
+        dist.all_gather_object(flags, bool(flag))
+        return any(flags)
+
+    def gather(self, loss, rationales):
+        """Return the kp.DualLoss of the whole batch, in its order; rationales are the whole
+        batch's texts.
+        """
+        if self.count == 1:
+            return loss
+        parts = [None] * self.count
+        own = (loss.total.item(), loss.answer.cpu(), loss.rationale.cpu(), loss.tokens, loss.padded)
+        dist.all_gather_object(parts, own)
+        totals, answers, explained, tokens, padded = zip(*parts)
+        explained = [iter(losses) for losses in explained]  # each rank's, in the order of its rows
+        order = []
+        for row, texts in enumerate(rationales):
+            order += [next(explained[row % self.count]) for _ in texts]
+        answer = torch.stack(answers, 1).flatten()  # row i is of rank i % count
+        total = torch.tensor(totals).mean()
+        return kp.DualLoss(total, answer, torch.tensor(order), sum(tokens), sum(padded))
 
 
-@contextmanager
-def rank_0_first():
-    """Rank 0 goes through the block before the others: it makes what they only read."""
-    rank, ranks = kp.rank_and_ranks()
-    if rank:
-        dist.barrier()
-    yield
-    if ranks > 1 and not rank:
-        dist.barrier()
-
-
-def over_ranks(x):
-    """(n,) of each rank -> (n * ranks,) in the order of the whole batch, of which rank r has rows r, r + ranks, ..."""
-    _, ranks = kp.rank_and_ranks()
-    parts = [torch.empty_like(x) for _ in range(ranks)]
-    if ranks > 1:
-        dist.all_gather(parts, x.contiguous())
-    return torch.stack(parts, 1).flatten() if ranks > 1 else x
-
-
-# ----------------------------------------------------------------------------------------- checkpoints
-
-
-FORMAT = 1  # of a run's folder; another is refused, not misread
-
-
-def open_folder(args):
-    """The run's folder, locked: new, or cleared, or with --resume as it is. -> (folder, its checkpoint or None, lock)"""
-    run, settings = Path(args.out), {"format": FORMAT, **vars(args)}
-    del settings["resume"], settings["overwrite"]
-    run.mkdir(parents=True, exist_ok=True)
-    lock = open(run / ".lock", "w")
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the system lets go of it however this process ends
-    except OSError:
-        raise BadInput(f"{run}: another run is writing there; wait for its end or give another --out") from None
-    before = models.read_json(run / "config.json") if (run / "config.json").exists() else {}
-    if before and before.get("format") != FORMAT:
-        raise BadInput(f"{run / 'config.json'}: format {before.get('format')!r}, this code writes {FORMAT}; give another --out")
-    checkpoint, finished = run / "checkpoint.safetensors", (run / "result.json").exists()
-    if before and args.resume:
-        other = [k for k, v in settings.items() if k != "command" and before.get(k) != v]
-        if other:
-            raise BadInput(f"{run}: --resume with other arguments: --{', --'.join(other).replace('_', '-')}; give the same")
-        if checkpoint.exists() or finished:
-            return run, checkpoint, lock
-    elif before and not finished and not args.overwrite:
-        raise BadInput(f"{run}: holds an unfinished run; go on with --resume or start anew with --overwrite")
-    for name in ("checkpoint.safetensors", "result.json", "metrics.jsonl"):
-        (run / name).unlink(missing_ok=True)
-    models.write_json(run / "config.json", settings)
-    return run, None, lock
-
-
-def save_checkpoint(path, student, optimizer, purifier, progress):
-    """Everything that training changes, in one file. Random draws need no state: they depend on (seed, step) alone."""
-    tensors = models.state_of(student=student, optimizer=optimizer)
-    tensors |= {f"purifier.{k}": v for k, v in purifier.state().items()}
-    with models.atomic(path) as temporary:
-        save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, temporary, {"progress": json.dumps(progress)})
-
-
-def load_checkpoint(path, student, optimizer, purifier):
-    """-> progress"""
-    with safe_open(path, "pt") as f:
-        progress, tensors = json.loads(f.metadata()["progress"]), {k: f.get_tensor(k) for k in f.keys()}
-    models.restore_state(tensors, student=student, optimizer=optimizer)
-    purifier.restore(models.part_of(tensors, "purifier"), progress["step"])
-    return progress
-
-
-# -------------------------------------------------------------------------------------------- the loop
-
-
-def train(args):
-    torch.backends.cuda.matmul.allow_tf32 = True  # where a GPU computes in float32
-    (rank, ranks), seconds = join_ranks(args), Stopwatch()
-    with seconds("set up"):
-        with rank_0_first():
-            data, teacher_folders, t5 = read_world(args)
-
-        def lm(folder):
-            """That checkpoint, or where none is given the T5 at hand: the T5 teacher, else the student as it starts."""
-            if folder or t5:
-                return models.load(folder or t5, args.device)
-            return copy.deepcopy(student).eval(), tokenizer
-
-        teachers = open_teachers(args, teacher_folders, data, lambda: lm(args.scorer))
-        t5 = t5 or next((f for f in teachers.folders if models.read_config(f)["model_type"] == "t5"), None)
-        student, tokenizer = load_student(args, t5, map(kp.explain_prompt, data["train"]))
-        if args.encoder and not hasattr(lm(args.encoder)[0], "encode"):
-            raise BadInput(f"--encoder {args.encoder}: not an encoder; take a Bert or a T5")
-        optimizer = torch.optim.AdamW(
-            student.parameters(), args.lr, betas=(0.9, 0.98), weight_decay=args.weight_decay, fused=True)  # fmt: skip
-        questions, encode = data["ood/train" if args.ood else "train"], kp.Targets(tokenizer)
-        visits = draw_visits([len(ids) for ids in encode([kp.explain_prompt(q) for q in questions])], args)
-        with rank_0_first():
-            run, checkpoint, lock = open_folder(args) if rank == 0 else (Path(args.out), None, None)  # noqa: F841 (held)
-            if rank and (run / "checkpoint.safetensors").exists():
-                checkpoint = run / "checkpoint.safetensors"
-        if (run / "result.json").exists():
-            return models.read_json(run / "result.json")  # --resume of a finished run
-
-    with seconds("purify"):  # teachers are asked here, and only for what the purifier wants
-        world = World(questions, visits, data["train"], teachers, lambda: lm(args.encoder), lambda: lm(args.aggregator))
-        purifier = PURIFIERS[args.purifier](args).fit(world)
-
-    done = dict(step=0, student_tokens=0, given={}, lines=0)  # what a checkpoint remembers besides the tensors
-    if checkpoint:
-        done = load_checkpoint(checkpoint, student, optimizer, purifier)
-        seconds.update(done.pop("seconds"))
-        teachers.ledger = type(teachers.ledger)(done.pop("ledger"))
-        teachers.counted |= {tuple(key) for key in done.pop("counted")}
-        if rank == 0:
-            kept = (run / "metrics.jsonl").read_bytes().splitlines(keepends=True)[: done["lines"]]
-            with models.atomic(run / "metrics.jsonl") as temporary:
-                temporary.write_bytes(b"".join(kept))
-    net = student
-    if ranks > 1:
-        net = torch.nn.parallel.DistributedDataParallel(student)
-        net.config = student.config
-    if args.compile:
-        net = torch.compile(net, dynamic=True)
-
-    def keep(step):
-        flush()
-        progress = dict(done, step=step, seconds=seconds, ledger=dict(teachers.ledger), counted=list(teachers.counted))
-        save_checkpoint(run / "checkpoint.safetensors", student, optimizer, purifier, progress)
-
-    pending, stopped, valid = [], [], None
-    metrics = open(run / "metrics.jsonl" if rank == 0 else os.devnull, "a", encoding="utf-8")
-
-    def flush():  # the only place where the loop waits for the device
-        for line in pending:
-            metrics.write(json.dumps({k: float(v) if torch.is_tensor(v) else v for k, v in line.items()}) + "\n")
-            if not math.isfinite(line.get("loss", 0.0)) or not math.isfinite(line.get("norm", 0.0)):
-                raise BadInput(f"{run}: step {line['step']} of {args.purifier}: the loss or its gradient is not finite; lower --lr")
-            done["student_tokens"] += int(line.get("tokens", 0))
-        done["lines"] += len(pending)
-        pending.clear()
-        metrics.flush()
-
-    for name in (signal.SIGINT, signal.SIGTERM):  # finish the step, save, say how to go on
-        signal.signal(name, lambda number, frame: stopped.append(number))
-    bar = tqdm(range(done["step"], args.steps), f"train {args.purifier}", initial=done["step"], total=args.steps, unit="step")
-    for step in bar:
-        with seconds("train"):
-            student.train()
-            torch.manual_seed(args.seed * 1_000_003 + step)  # dropout depends on (seed, step) alone
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate(step, args)
-            rationales = purifier.rationales(step)
-            batch, texts = [questions[row] for row in visits[step]][rank::ranks], rationales[rank::ranks]
-            with torch.autocast(args.device, torch.bfloat16, enabled=args.dtype == "bfloat16"):
-                loss, answer_losses, rationale_losses, n_tokens, n_padded = kp.dual_loss(
-                    net, encode, batch, texts, args.lam, args.alpha)  # fmt: skip
-            loss.backward()
-            norm = torch.nn.utils.clip_grad_norm_(student.parameters(), args.clip)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            answer_losses, rationale_losses = over_ranks(answer_losses), over_ranks(rationale_losses)
-            noted = purifier.feedback(step, answer_losses, rationale_losses)
-            done["given"].update((str(row), texts) for row, texts in zip(visits[step], rationales))
-            explained = rationale_losses.mean() if len(rationale_losses) else 0.0
-            pending.append(dict(step=step, loss=over_ranks(loss.detach()[None]).mean(), answer=answer_losses.mean(),
-                                rationale=explained, norm=norm, lr=learning_rate(step, args),
-                                tokens=over_ranks(loss.new_tensor([n_tokens])).sum(),
-                                padding=1 - n_tokens / n_padded, **noted))  # fmt: skip
-            if step % 20 == 19:
-                flush()
-                bar.set_postfix_str(f"loss {loss.item():.3f}" + (f", valid {valid['mean']:.3f}" if valid else ""))
-        if rank == 0 and (step + 1) % args.eval_every == 0 and step + 1 < args.steps:
-            with seconds("evaluate"):
-                valid = kp.accuracy(student, tokenizer, data["ood/valid" if args.ood and "ood/valid" in data else "valid"])
-                pending.append({"step": step, "valid": valid})
-            keep(step + 1)
-        if stopped if ranks == 1 else step % 20 == 19 and over_ranks(loss.new_tensor([len(stopped)])).any():
-            bar.close()
-            if rank == 0:
-                keep(step + 1)
-                print(f"stopped after step {step + 1} and saved; go on with the same command and --resume", file=sys.stderr)
-            sys.exit(128 + (stopped or [signal.SIGTERM])[0])
-    if rank:
-        return None
-
-    with seconds("evaluate"):
-        splits = {name: kp.accuracy(student, tokenizer, data[name]) for name in ("valid", "test", "ood/test") if name in data}
-        pending.append({"step": args.steps, **splits})
-    flush()
-    with models.atomic(run / "purified.jsonl") as temporary:
-        rows = [dict(id=questions[int(row)].id, rationales=texts, probabilities=purifier.chances(int(row)))
-                for row, texts in done["given"].items()]  # fmt: skip
-        temporary.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-    models.save(student, tokenizer, run / "student")
-    result = dict(
-        purifier=args.purifier, seed=args.seed, teachers=teachers.names, steps=args.steps, accuracy=splits["test"],
-        ood=splits.get("ood/test", {}), valid=splits["valid"], teacher_tokens=teachers.ledger["rationale_wrote"],
-        ledger=dict(teachers.ledger), student_tokens=done["student_tokens"],
-        empty_rationales=sum(not text for texts in done["given"].values() for text in texts),
-        seconds={k: round(v, 2) for k, v in seconds.items()})  # fmt: skip
-    models.write_json(run / "result.json", result)
-    (run / "checkpoint.safetensors").unlink(missing_ok=True)
-    return result
-
-
-# --------------------------------------------------------------------------------------- the closing table
+# -------------------------------------------------------------------------------- the closing table
 
 
 def print_accuracies(accuracies):
-    """{"test": {task: accuracy}, "ood/test": ...} for a person."""
-    for split, accuracy in accuracies.items():
-        print(f"  {'out of domain' if split == 'ood/test' else 'test accuracy':<16}" + "".join(f"{task:>11}" for task in accuracy))
-        print(" " * 18 + "".join(f"{share:>11.3f}" for share in accuracy.values()))
+    """Print {"test": {task: share}, "ood/test": {task: share}} as a table."""
+    for split, shares in accuracies.items():
+        if shares:
+            label = "out of domain" if split == "ood/test" else "test accuracy"
+            print(f"  {label:<16}" + "".join(f"{task:>11}" for task in shares))
+            print(" " * 18 + "".join(f"{share:>11.3f}" for share in shares.values()))
 
 
-def show(result):
-    """What the run brought and what it cost, for a person."""
-    print(f"\n{result['purifier']}, seed {result['seed']}, {len(result['teachers'])} teachers, {result['steps']} steps\n")
-    print_accuracies({split: shares for split, shares in (("test", result["accuracy"]), ("ood/test", result["ood"])) if shares})
-    print(f"  {'tokens':<16} teachers wrote {result['teacher_tokens']:,}, student trained on {result['student_tokens']:,}")
+def print_result(result):
+    """Print what the run brought and what it cost."""
+    n = len(result["teachers"])
+    print(f"\n{result['purifier']}, seed {result['seed']}, {n} teachers, {result['steps']} steps\n")
+    print_accuracies({"test": result["accuracy"], "ood/test": result["ood"]})
+    print(f"  {'tokens':<16} teachers wrote {result['teacher_tokens']:,}, ", end="")
+    print(f"student trained on {result['student_tokens']:,}")
     if result["empty_rationales"]:
-        print(f"  {'note':<16} {result['empty_rationales']:,} empty rationales, from which nothing was learnt")
-    print(f"  {'seconds':<16} " + ", ".join(f"{stage} {s:.0f}" for stage, s in result["seconds"].items()))
+        n = result["empty_rationales"]
+        print(f"  {'note':<16} {n:,} empty rationales, from which nothing was learnt")
+    seconds = ", ".join(f"{stage} {value:.0f}" for stage, value in result["seconds"].items())
+    print(f"  {'seconds':<16} {seconds}")
 
 
 def main(args):
-    check(args)
+    torch.backends.cuda.matmul.allow_tf32 = True  # where a GPU computes in float32
+    settle(args)
     result = train(args)
     if dist.is_initialized():
         dist.destroy_process_group()
-    if result is None:  # a rank other than 0
+    if result is None:  # on a rank other than 0
         return
-    show(result)
+    print_result(result)
     if args.data and args.student == "tiny":
-        print("  note: a tiny student starts from nothing, near chance on real text; take --student DIR, say of flan-t5-small")
+        print("  note: a tiny student is near chance on real text; take --student DIR")
     print(f"  saved in {args.out}; look closer with: python eval.py {args.out} --show 5")
 
 
 if __name__ == "__main__":
-    with models.one_line_errors():
+    with model.one_line_errors():
         main(ARGS)

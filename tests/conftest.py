@@ -1,6 +1,8 @@
 """A very small world for tests: real questions, and four teachers that have read for a few steps only."""
 
 import json
+import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -10,22 +12,21 @@ import torch
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
+import kp  # noqa: E402
 from data.micro import prepare  # noqa: E402
-
+from data.tinyllm.prepare import convert  # noqa: E402
 
 torch.set_num_threads(1)  # models this small gain nothing from a second
+ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
 def make_world(folder):
-    facts, patch = prepare.read_facts(), pytest.MonkeyPatch()
-    patch.setattr(prepare, "SIZES", {"train": 24, "valid": 8, "test": 12})
-    for name, rows in prepare.make_questions(facts, seed=1).items():
-        path = folder / f"{name}.jsonl"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    for i, name in enumerate(prepare.TEACHERS):
-        prepare.train_teacher((name, str(folder / "teachers" / name), 1, i, 4))
-    patch.undo()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(prepare, "SIZES", {"train": 24, "valid": 8, "test": 12})
+        for name, rows in prepare.make_questions(prepare.read_facts(), seed=1).items():
+            write_lines(folder / f"{name}.jsonl", rows)
+    for name in prepare.TEACHERS:
+        prepare.train_teacher(name, folder / "teachers" / name, 1, steps=4, steps_done=torch.zeros(()))
     return folder
 
 
@@ -37,3 +38,57 @@ def world(tmp_path_factory):
 @pytest.fixture(scope="session")
 def teacher_folders(world):
     return [world / "teachers" / name for name in prepare.TEACHERS]
+
+
+def write_lines(path, rows):
+    """Write a file of JSON lines. A row that is a text stands as it is."""
+    lines = [row if isinstance(row, str) else json.dumps(row) for row in rows]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(line + "\n" for line in lines))
+    return path
+
+
+def read_lines(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def open_teachers(folders, cache, asking=kp.Asking(), examples=()):
+    return kp.Teachers([kp.CheckpointTeacher(folder, cache, asking, examples) for folder in folders])
+
+
+def torchrun(script, *arguments, timeout=200):
+    """Run a script in two processes, as on two GPUs."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    command = [sys.executable, *launcher, str(script), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=timeout, env=ONE_THREAD)
+
+
+# ------------------------------------------------------------------------------------- TinyLLM's layout
+
+
+def tinyllm_folder(folder, as_array=True, n=5, entries=None):
+    """Write n questions, and the rationales of both teachers, as TinyLLM's repository lays them out."""
+    rows = []
+    texts = []
+    for i in range(n):
+        answer = ("yes", "no")[i % 2]
+        choices = ["yes", "no", "maybe"]
+        rows.append(dict(id=str(i), question=f"{i} even?", choices=choices, answer=answer))
+        flan = f"Think of {i}. Thus, the answer is (a) yes\n\nQ: Is it?"
+        texts.append(f"{flan} llama rationale: It is {i}.\nSo.")
+    if entries is not None:
+        texts = entries
+    for split in ("train", "valid", "test"):
+        file = write_lines(folder / f"parity_{split}.json", rows)
+        if as_array:
+            file.write_text(json.dumps(rows))
+    (folder / "llm").mkdir()
+    (folder / "llm" / "train_CoT_0.json").write_text(json.dumps(texts[:3]))  # the files have 500 each
+    (folder / "llm" / "train_CoT_1.json").write_text(json.dumps(texts[3:]))
+    return folder
+
+
+def converted(folder, **layout):
+    """Return such a data set as `python -m data.tinyllm.prepare` converts it."""
+    convert(tinyllm_folder(folder / "their" / "parity", **layout), folder / "parity")
+    return folder / "parity"

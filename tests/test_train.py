@@ -1,186 +1,133 @@
+"""Whole runs: every purifier, resumed runs, two processes, bad arguments."""
+
 import json
-import os
 import random
 import shutil
 import subprocess
 import sys
 from collections import Counter
+from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT
-
-from test_kp import tinyllm_folder
+from conftest import ROOT, converted, read_lines, torchrun, write_lines
+from safetensors import safe_open
 
 import eval as evaluation
+import kp
 import model
 import purify
 import train
+from data.micro.prepare import TEACHERS
+from data.questions import read_data
 
-PARTS = ["--steps", "6", "--batch-size", "4", "--eval-every", "3", "--max-new-tokens", "24"]
+SHORT = ["--steps", "6", "--batch-size", "4", "--eval-every", "3", "--max-new-tokens", "24"]
 
 
 @pytest.fixture(autouse=True)
 def short_tuning(monkeypatch):
-    monkeypatch.setattr(purify.Classifier, "STEPS", 3)
+    monkeypatch.setattr(purify.ClassifierRouting, "STEPS", 3)
+
+
+def on(world, teacher_folders):
+    """Return the arguments that name data and teachers."""
+    return ["--data", str(world), "--teachers", *map(str, teacher_folders), "--shots", "0"]
 
 
 def run(world, teacher_folders, tmp_path, *arguments, name="run"):
-    args = train.parse_args(
-        ["--data", str(world), "--teachers", *map(str, teacher_folders), "--shots", "0", *PARTS]
-        + ["--cache", str(tmp_path / "cache"), "--out", str(tmp_path / name), *arguments]
-    )
-    train.main(args)
+    """Train, and return the run's folder."""
+    where = ["--cache", str(tmp_path / "cache"), "--out", str(tmp_path / name)]
+    train.main(train.parse_args([*on(world, teacher_folders), *SHORT, *where, *arguments]))
     return tmp_path / name
+
+
+def result_of(folder):
+    return json.loads((folder / "result.json").read_text())
+
+
+def weights_of(folder):
+    return (folder / "student" / "model.safetensors").read_bytes()
+
+
+# --------------------------------------------------------------------------------------- every purifier
 
 
 @pytest.mark.parametrize("purifier", list(purify.PURIFIERS))
 def test_every_purifier_trains_and_reports(world, teacher_folders, tmp_path, purifier, capsys):
-    folder = run(world, teacher_folders, tmp_path, "--purifier", purifier, "--fit-questions", "16", "--tune-aggregator", "3")
-    result = json.loads((folder / "result.json").read_text())
-    assert result["purifier"] == purifier and result["teachers"] == ["t5", "llama-2", "mistral", "llama-3.1"]
+    how = ["--purifier", purifier, "--fit-questions", "16", "--tune-aggregator", "3"]
+    folder = run(world, teacher_folders, tmp_path, *how)
+    result = result_of(folder)
+    assert result["purifier"] == purifier
+    assert result["teachers"] == ["t5", "llama-2", "mistral", "llama-3.1"]
     assert set(result["accuracy"]) == {"nature", "science", "riddles", "medicine", "mean"}
     assert set(result["ood"]) == {"physical", "clinical", "mean"}
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in lines if "loss" in line] == list(range(6))
+    steps = [line for line in read_lines(folder / "metrics.jsonl") if "loss" in line]
+    assert [line["step"] for line in steps] == list(range(6))
     if purifier == "answers":
-        assert result["teacher_tokens"] == 0 and all(line["rationale"] == 0 for line in lines if "loss" in line)
+        assert result["teacher_tokens"] == 0
+        assert all(line["rationale"] == 0 for line in steps)
     else:
-        assert 0 < result["teacher_tokens"] <= 24 * {"none": 4 * 24, "aggregate": 4 * (24 + 16)}.get(purifier, 24)
-    text = capsys.readouterr().out
-    assert f"{result['accuracy']['mean']:.3f}" in text
+        a_question = {"none": 4 * 24, "aggregate": 4 * (24 + 16)}.get(purifier, 24)
+        assert 0 < result["teacher_tokens"] <= 24 * a_question
+    mean = f"{result['accuracy']['mean']:.3f}"
+    assert mean in capsys.readouterr().out
 
     # eval.py prints the same figures from what was saved
     train.print_accuracies(evaluation.evaluate(evaluation.parse_args([str(folder)])))
-    assert f"{result['accuracy']['mean']:.3f}" in capsys.readouterr().out
+    assert mean in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("purifier", list(purify.PURIFIERS))
+def test_every_purifier_trains_on_tinyllm_s_layout(tmp_path, purifier, capsys):
+    entries = [f"Because of {i}. Thus, the answer is llama rationale: Since {i}." for i in range(19)]
+    folder = converted(tmp_path, n=20, entries=[*entries, "llama rationale: So."])
+    where = ["--data", str(folder), "--out", str(tmp_path / "run")]
+    train.main(train.parse_args([*where, "--purifier", purifier, *SHORT]))
+    result = result_of(tmp_path / "run")
+    assert result["teachers"] == ["flan-t5-xl", "llama-2"]
+    assert set(result["accuracy"]) == {"parity", "mean"}
+    text = capsys.readouterr().out
+    assert "take --student DIR" in text
+    assert "1 empty rationale" in text or purifier not in ("none", "single")
 
 
 def test_two_runs_with_one_seed_are_equal_to_the_bit(world, teacher_folders, tmp_path):
     a = run(world, teacher_folders, tmp_path, "--purifier", "router", name="a")
     b = run(world, teacher_folders, tmp_path, "--purifier", "router", name="b")
     c = run(world, teacher_folders, tmp_path, "--purifier", "router", "--seed", "1", name="c")
-    weights = [(folder / "student" / "model.safetensors").read_bytes() for folder in (a, b, c)]
-    assert weights[0] == weights[1] != weights[2]
+    assert weights_of(a) == weights_of(b) != weights_of(c)
     assert (a / "metrics.jsonl").read_text() == (b / "metrics.jsonl").read_text()
 
 
 def test_the_paper_s_recipe_runs_with_stand_in_weights(world, teacher_folders, tmp_path):
-    """Chat-tuned teachers in half precision, a BERT to embed questions, two examples, the answer told, a T5 as student."""
+    """Chat-tuned teachers in half precision, a BERT to embed, two examples, the answer told."""
     teachers = []
     for i, folder in enumerate(teacher_folders):
-        shutil.copytree(folder, tmp_path / f"hf-{i}")
         teachers.append(tmp_path / f"hf-{i}")
-        if i:
-            net, tokenizer = model.load(folder, dtype=torch.bfloat16)
-            model.save(net, tokenizer, teachers[i])
+        shutil.copytree(folder, teachers[i])
+        if i > 0:
+            lm, tokenizer = model.load(folder, dtype=torch.bfloat16)
+            model.save(lm, tokenizer, teachers[i])
             model.write_json(teachers[i] / "tokenizer_config.json", {"chat_template": "{{ messages }}"})
-    net, tokenizer = model.load(teacher_folders[0])
+    _, tokenizer = model.load(teacher_folders[0])
     sizes = dict(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32)
     sizes["vocab_size"] = tokenizer.get_vocab_size()
     model.save(model.Bert(sizes), tokenizer, tmp_path / "bert")
+    parts = ["--student", str(teacher_folders[0])]
+    parts += ["--encoder", str(tmp_path / "bert")]
+    parts += ["--aggregator", str(teachers[1])]
     for purifier in ("router", "classifier", "aggregate"):
-        parts = ["--student", str(teacher_folders[0]), "--encoder", str(tmp_path / "bert"), "--aggregator", str(teachers[1])]
         how = ["--purifier", purifier, "--shots", "2", "--lr", "1e-4", "--teacher-forcing"]
         folder = run(world, teachers, tmp_path, *how, *parts, name=purifier)
-        assert json.loads((folder / "result.json").read_text())["teachers"] == [f"hf-{i}" for i in range(4)]
-
-
-@pytest.mark.parametrize("purifier", list(purify.PURIFIERS))
-def test_every_purifier_trains_on_tinyllm_s_layout(tmp_path, purifier, capsys):
-    entries = [f"Because of {i}. Thus, the answer is llama rationale: Since {i}." for i in range(19)] + ["llama rationale: So."]
-    tinyllm_folder(tmp_path / "parity", True, n=20, entries=entries)
-    where = ["--data", str(tmp_path / "parity"), "--out", str(tmp_path / "run")]
-    train.main(train.parse_args([*where, "--purifier", purifier, *PARTS]))
-    result = json.loads((tmp_path / "run" / "result.json").read_text())
-    assert result["teachers"] == ["flan-t5-xl", "llama-2"] and set(result["accuracy"]) == {"parity", "mean"}
-    text = capsys.readouterr().out
-    assert "take --student DIR" in text and ("1 empty rationale" in text or purifier not in ("none", "single"))
+        assert result_of(folder)["teachers"] == [f"hf-{i}" for i in range(4)]
 
 
 def test_a_student_may_be_a_checkpoint(world, teacher_folders, tmp_path):
-    folder = run(world, teacher_folders, tmp_path, "--purifier", "answers", "--student", str(teacher_folders[0]), "--lr", "0")
+    how = ["--purifier", "answers", "--student", str(teacher_folders[0]), "--lr", "0"]
+    folder = run(world, teacher_folders, tmp_path, *how)
     before, _ = model.load(teacher_folders[0])
     after, _ = model.load(folder / "student")
     assert all(torch.equal(p, q) for p, q in zip(before.parameters(), after.parameters()))
-
-
-def test_visits_cover_every_question_as_often_in_batches_of_like_length():
-    def visits(lengths, steps, seed=0):
-        return train.draw_visits(lengths, train.parse_args(["--batch-size", "4", "--steps", str(steps), "--seed", str(seed)]))
-
-    few = visits([5] * 10, 7)
-    assert [len(batch) for batch in few] == [4] * 7
-    assert set(Counter(row for batch in few for row in batch).values()) == {2, 3}  # 28 visits, 10 questions
-    assert few == visits([5] * 10, 7) != visits([5] * 10, 7, seed=1)
-    lengths = [random.Random(i).randint(20, 60) for i in range(320)]
-    epoch = visits(lengths, 80)
-    assert sorted(row for batch in epoch for row in batch) == list(range(320))
-    padded = sum(4 * max(lengths[row] for row in batch) for batch in epoch)
-    assert sum(lengths) / padded > 0.9 > sum(lengths) / sum(4 * max(lengths[i : i + 4]) for i in range(0, 320, 4))
-
-
-def test_the_learning_rate_warms_up_and_decays_to_zero():
-    args = train.parse_args(["--steps", "100", "--warmup", "10", "--lr", "2"])
-    rates = [train.learning_rate(step, args) for step in range(101)]
-    assert rates[0] == pytest.approx(0.2) and max(rates) == rates[9] == rates[10] == 2.0
-    assert rates[55] == pytest.approx(1.0) and rates[100] == pytest.approx(0.0)
-
-
-@pytest.mark.parametrize("purifier", ["router", "rl"])
-def test_a_killed_run_goes_on_as_if_it_had_not_been_killed(world, teacher_folders, tmp_path, purifier, monkeypatch):
-    whole = run(world, teacher_folders, tmp_path, "--purifier", purifier, name="whole")
-    losses, kp_loss = [], train.kp.dual_loss
-
-    def dies_at_the_fifth_step(*arguments):
-        losses.append(0)
-        if len(losses) == 5:
-            raise MemoryError
-        return kp_loss(*arguments)
-
-    monkeypatch.setattr(train.kp, "dual_loss", dies_at_the_fifth_step)
-    with pytest.raises(MemoryError):
-        run(world, teacher_folders, tmp_path, "--purifier", purifier, name="killed")
-    monkeypatch.undo()
-    with pytest.raises(model.BadInput, match="--resume"):
-        run(world, teacher_folders, tmp_path, "--purifier", purifier, name="killed")
-    with pytest.raises(model.BadInput, match="--lam"):
-        run(world, teacher_folders, tmp_path, "--purifier", purifier, "--resume", "--lam", "3", name="killed")
-    killed = run(world, teacher_folders, tmp_path, "--purifier", purifier, "--resume", name="killed")
-    for name in ("student/model.safetensors", "metrics.jsonl", "purified.jsonl"):
-        assert (killed / name).read_bytes() == (whole / name).read_bytes()
-    a, b = (json.loads((folder / "result.json").read_text()) for folder in (killed, whole))
-    assert a.pop("seconds").keys() == b.pop("seconds").keys() and a == b
-
-
-@pytest.mark.parametrize("purifier", ["none", "rl"])
-def test_two_ranks_train_as_one_with_twice_the_batch(world, teacher_folders, tmp_path, purifier):
-    given = ["--data", str(world), "--teachers", *map(str, teacher_folders), "--shots", "0", *PARTS, "--purifier", purifier]
-    one = run(world, teacher_folders, tmp_path, "--purifier", purifier, "--batch-size", "8", name="one")
-    command = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(ROOT / "train.py"), *given]
-    out = subprocess.run(
-        [sys.executable, *command, "--cache", str(tmp_path / "cache-two"), "--out", str(tmp_path / "two")],
-        capture_output=True, text=True, timeout=200, env=os.environ | {"OMP_NUM_THREADS": "1"})  # fmt: skip
-    assert out.returncode == 0, out.stderr
-    a, b = ([json.loads(x) for x in (f / "metrics.jsonl").read_text().splitlines()] for f in (one, tmp_path / "two"))
-    assert len(a) == len(b) == 8
-    for x, y in zip(a, b):
-        assert x.keys() == y.keys()
-        for key in {"loss", "answer", "rationale", "norm", "tokens", "reward", "right"} & x.keys():
-            assert y[key] == pytest.approx(x[key], rel=1e-3, abs=1e-4), key
-    r, s = (json.loads((f / "result.json").read_text()) for f in (one, tmp_path / "two"))
-    assert r["ledger"] == s["ledger"] and r["student_tokens"] == s["student_tokens"]
-    files = [(tmp_path / name).rglob("said.jsonl") for name in ("cache", "cache-two")]
-    said = [sorted(file.read_text().count('"key"') for file in both) for both in files]
-    assert said[0] == said[1]  # nothing was written twice
-
-
-def test_a_failing_rank_ends_the_run_with_one_line(world, teacher_folders, tmp_path):
-    given = ["--data", str(world), "--teachers", *map(str, teacher_folders), *PARTS, "--out", str(tmp_path / "run")]
-    out = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(ROOT / "train.py"),
-         *given, "--purifier", "magic"], capture_output=True, text=True, timeout=100)  # fmt: skip
-    assert out.returncode != 0 and "error: --purifier magic: unknown" in out.stderr
-    assert not (tmp_path / "run").exists()
 
 
 def test_the_readme_s_sixth_purifier_works(world, teacher_folders, tmp_path, monkeypatch):
@@ -188,9 +135,318 @@ def test_the_readme_s_sixth_purifier_works(world, teacher_folders, tmp_path, mon
     code = (ROOT / "README.md").read_text().split("```python\n")[1].split("```")[0]
     assert len(code.splitlines()) <= 30
     exec(code, {})
-    monkeypatch.setattr(train, "PURIFIERS", purify.PURIFIERS)
     folder = run(world, teacher_folders, tmp_path, "--purifier", "nearest")
-    assert json.loads((folder / "result.json").read_text())["purifier"] == "nearest"
+    assert result_of(folder)["purifier"] == "nearest"
+
+
+# --------------------------------------------------------------------------------- visits, rates, clock
+
+
+def test_visits_cover_every_question_as_often_in_batches_of_like_length():
+    def visits(lengths, steps, seed=0):
+        args = train.parse_args(["--batch-size", "4", "--steps", str(steps), "--seed", str(seed)])
+        return train.draw_visits([[0] * length for length in lengths], args)
+
+    few = visits([5] * 10, 7)
+    assert [len(batch) for batch in few] == [4] * 7
+    times = Counter(row for batch in few for row in batch)
+    assert set(times.values()) == {2, 3}  # 28 visits, 10 questions
+    assert few == visits([5] * 10, 7) != visits([5] * 10, 7, seed=1)
+
+    lengths = [random.Random(i).randint(20, 60) for i in range(320)]
+    epoch = visits(lengths, 80)
+    assert sorted(row for batch in epoch for row in batch) == list(range(320))
+    padded = sum(4 * max(lengths[row] for row in batch) for batch in epoch)
+    unsorted = sum(4 * max(lengths[i : i + 4]) for i in range(0, 320, 4))
+    assert sum(lengths) / padded > 0.9 > sum(lengths) / unsorted
+
+
+def test_ranks_share_batches_that_are_as_many_times_as_large():
+    args = train.parse_args(["--batch-size", "2", "--steps", "5"])
+    twice = train.parse_args(["--batch-size", "4", "--steps", "5"])
+    prompts = [[0] * 5] * 10
+    assert train.draw_visits(prompts, args, ranks=2) == train.draw_visits(prompts, twice)
+
+
+def test_the_learning_rate_warms_up_and_decays_to_zero():
+    args = train.parse_args(["--steps", "100", "--warmup", "10", "--lr", "2"])
+    rates = [train.learning_rate(step, args) for step in range(101)]
+    assert rates[0] == pytest.approx(0.2)
+    assert max(rates) == rates[9] == rates[10] == 2.0
+    assert rates[55] == pytest.approx(1.0)
+    assert rates[100] == pytest.approx(0.0)
+
+
+@pytest.fixture
+def as_micro_world(world, monkeypatch):
+    """Take the tests' world for the micro world: a run without --data."""
+    monkeypatch.setattr(train.prepare, "prepare", lambda seed: world)
+
+
+def run_micro(tmp_path, *arguments):
+    where = ["--cache", str(tmp_path / "cache"), "--out", str(tmp_path / "run")]
+    train.main(train.parse_args([*SHORT, *where, *arguments]))
+    return tmp_path / "run"
+
+
+def test_seconds_of_training_hold_no_teacher_s_work(as_micro_world, tmp_path, monkeypatch):
+    """Time stands still but for the teachers: 1 second a batch of rationales, 100 a batch of scores."""
+    clock = [0.0]
+    slept = Counter()
+
+    def taking(seconds, what, work):
+        def slow(self, *arguments):
+            clock[0] += seconds
+            slept[what] += seconds
+            return work(self, *arguments)
+
+        return slow
+
+    monkeypatch.setattr(train, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
+    monkeypatch.setattr(kp.CheckpointTeacher, "write", taking(1, "write", kp.CheckpointTeacher.write))
+    monkeypatch.setattr(kp.CheckpointTeacher, "score", taking(100, "score", kp.CheckpointTeacher.score))
+    folder = run_micro(tmp_path, "--purifier", "rl", "--steps", "12")
+    result = result_of(folder)
+    assert slept["write"] > 0 and slept["score"] == 400
+    assert result["seconds"]["train"] == 0
+    assert result["seconds"]["purify"] == slept["write"]
+    assert result["seconds"]["evaluate"] == slept["score"]  # for the agreement: no part of the method
+    assert "score_read" not in result["ledger"]
+
+
+def test_the_result_says_how_often_rl_agreed_with_the_oracle(as_micro_world, tmp_path):
+    folder = run_micro(tmp_path, "--purifier", "rl", "--steps", "10", "--batch-size", "3")
+    agreement = result_of(folder)["agreement"]
+    assert len(agreement) == 10  # tenths of training, here a step each
+    assert all(round(3 * share, 4) in (0, 1, 2, 3) for share in agreement)
+    assert result_of(folder)["teachers"] == list(TEACHERS)
+
+
+# ------------------------------------------------------------------------------------------ resumed runs
+
+
+@pytest.mark.parametrize("purifier", ["router", "rl"])
+def test_a_killed_run_goes_on_as_if_it_had_not_been_killed(
+    world, teacher_folders, tmp_path, purifier, monkeypatch
+):
+    def start(name, *arguments):
+        return run(world, teacher_folders, tmp_path, "--purifier", purifier, *arguments, name=name)
+
+    whole = start("whole")
+    steps = []
+    dual_loss = train.kp.dual_loss
+
+    def dies_at_the_fifth_step(*arguments):
+        steps.append(0)
+        if len(steps) == 5:
+            raise MemoryError
+        return dual_loss(*arguments)
+
+    monkeypatch.setattr(train.kp, "dual_loss", dies_at_the_fifth_step)
+    with pytest.raises(MemoryError):
+        start("killed")
+    monkeypatch.undo()
+    with pytest.raises(model.BadInput, match="--resume"):
+        start("killed")
+    with pytest.raises(model.BadInput, match="--lam"):
+        start("killed", "--resume", "--lam", "3")
+    killed = start("killed", "--resume")
+    for name in ("student/model.safetensors", "metrics.jsonl", "purified.jsonl"):
+        assert (killed / name).read_bytes() == (whole / name).read_bytes()
+    a = result_of(killed)
+    b = result_of(whole)
+    assert a.pop("seconds").keys() == b.pop("seconds").keys()
+    assert a == b  # the ledger, among others
+    assert a["ledger"]["rationale_wrote"] > 0
+
+
+def test_a_checkpoint_s_header_does_not_grow_with_the_visits(
+    world, teacher_folders, tmp_path, monkeypatch
+):
+    headers = []
+    save = train.Run.save
+
+    def note_header(self, *arguments):
+        save(self, *arguments)
+        length = int.from_bytes(self.checkpoint.read_bytes()[:8], "little")
+        with safe_open(self.checkpoint, "pt") as file:
+            headers.append((length, file.metadata()))
+
+    monkeypatch.setattr(train.Run, "save", note_header)
+    how = ["--purifier", "rl", "--steps", "40", "--batch-size", "8", "--eval-every", "10"]
+    run(world, teacher_folders, tmp_path, *how)
+    lengths = [length for length, _ in headers]
+    assert len(lengths) == 3  # after 80, 160 and 240 visits
+    assert max(lengths) - min(lengths) <= 64  # some digits
+    for _, metadata in headers:
+        assert set(metadata) == {"progress"}
+        progress = json.loads(metadata["progress"])
+        assert set(progress) == {"step", "student_tokens", "log_bytes", "seconds"}
+        assert len(metadata["progress"]) < 300
+
+
+def test_a_finished_run_is_not_run_again(world, teacher_folders, tmp_path, monkeypatch, capsys):
+    folder = run(world, teacher_folders, tmp_path, "--purifier", "random")
+    assert not (folder / "checkpoint.safetensors").exists()
+    table = capsys.readouterr().out
+    monkeypatch.setattr(train.kp, "dual_loss", None)
+    run(world, teacher_folders, tmp_path, "--purifier", "random", "--resume")
+    assert capsys.readouterr().out == table
+
+
+# -------------------------------------------------------------------------------------------- two ranks
+
+
+def answers_in(cache):
+    return sorted(file.read_text().count('"key"') for file in cache.rglob("said.jsonl"))
+
+
+@pytest.mark.parametrize("purifier", ["none", "rl"])
+def test_two_ranks_train_as_one_with_twice_the_batch(world, teacher_folders, tmp_path, purifier):
+    one = run(world, teacher_folders, tmp_path, "--purifier", purifier, "--batch-size", "8", name="one")
+    two = tmp_path / "two"
+    where = ["--cache", tmp_path / "cache-two", "--out", two]
+    arguments = [*on(world, teacher_folders), *SHORT, "--purifier", purifier, *where]
+    process = torchrun(ROOT / "train.py", *arguments)
+    assert process.returncode == 0, process.stderr
+    assert process.stdout.count("test accuracy") == 1
+    a = read_lines(one / "metrics.jsonl")
+    b = read_lines(two / "metrics.jsonl")
+    assert len(a) == len(b) == 8
+    for x, y in zip(a, b):
+        assert x.keys() == y.keys()
+        for key in {"loss", "answer", "rationale", "norm", "tokens", "reward", "right"} & x.keys():
+            assert y[key] == pytest.approx(x[key], rel=1e-3, abs=1e-4), key
+    assert result_of(one)["ledger"] == result_of(two)["ledger"]
+    assert result_of(one)["student_tokens"] == result_of(two)["student_tokens"]
+    assert answers_in(tmp_path / "cache") == answers_in(tmp_path / "cache-two")  # nothing was written twice
+
+
+GATHER = """
+import sys
+
+sys.path.insert(0, {root!r})
+import torch
+
+import kp
+import train
+
+ranks = train.Ranks("cpu")
+for counts in ((2, 0, 3, 1, 1, 0), (1, 0, 1, 0), (0, 0), (4, 4, 4, 4)):
+    rationales = [[f"{{row}} {{m}}" for m in range(n)] for row, n in enumerate(counts)]
+    rows = list(range(len(counts)))
+    own = ranks.share(rows)
+    answer = torch.tensor([100.0 + row for row in own])
+    rationale = torch.tensor([10.0 * row + m for row in own for m in range(counts[row])])
+    loss = kp.DualLoss(torch.tensor(2.0 * ranks.rank), answer, rationale, 5 + ranks.rank, 7)
+    whole = ranks.gather(loss, rationales)
+    assert whole.answer.tolist() == [100.0 + row for row in rows], whole
+    assert whole.rationale.tolist() == [10.0 * row + m for row in rows for m in range(counts[row])], whole
+    assert (whole.total.item(), whole.tokens, whole.padded) == (1.0, 11, 14), whole
+assert ranks.any(ranks.rank == 1) and not ranks.any(False)
+print("gathered in order", flush=True)
+train.main(train.parse_args(sys.argv[1:]))
+"""
+
+
+def test_two_ranks_gather_in_order_and_print_a_finished_run_once(world, teacher_folders, tmp_path):
+    run(world, teacher_folders, tmp_path, "--purifier", "random")
+    (tmp_path / "gather.py").write_text(GATHER.format(root=str(ROOT)))
+    where = ["--cache", tmp_path / "cache", "--out", tmp_path / "run", "--resume"]
+    arguments = [*on(world, teacher_folders), *SHORT, "--purifier", "random", *where]
+    process = torchrun(tmp_path / "gather.py", *arguments, timeout=60)
+    assert process.returncode == 0, process.stderr
+    assert process.stdout.count("gathered in order") == 2
+    assert process.stdout.count("test accuracy") == process.stdout.count("saved in") == 1
+
+
+def test_a_failing_rank_ends_the_run_with_one_line(world, teacher_folders, tmp_path):
+    how = [*SHORT, "--out", tmp_path / "run", "--purifier", "magic"]
+    process = torchrun(ROOT / "train.py", *on(world, teacher_folders), *how, timeout=100)
+    assert process.returncode != 0
+    assert "error: --purifier magic: unknown" in process.stderr
+    assert not (tmp_path / "run").exists()
+
+
+# ----------------------------------------------------------------------------- teachers that are texts
+
+
+def texts_for(world, folder, splits, scores=None):
+    """Copy the world's questions and write rationales of `splits` into a.jsonl, perhaps with scores.
+
+    Return the folder and that file.
+    """
+    shutil.copytree(world, folder, ignore=shutil.ignore_patterns("teachers"))
+    data = read_data(folder)
+    rows = []
+    for split in splits:
+        for i, q in enumerate(data[split]):
+            row = {"id": q.id, "rationale": f"It is so, so the answer is {q.choices[i % 2]}."}
+            if scores:
+                row["score"] = scores[i % len(scores)]
+            rows.append(row)
+    return folder, write_lines(folder / "rationales" / "a.jsonl", rows)
+
+
+def test_ready_rationales_and_ood_need_each_other_s_questions(world, teacher_folders, tmp_path):
+    folder, a = texts_for(world, tmp_path / "data", ["train"])
+    how = ["--ood", "--purifier", "router", "--fit-questions", "16"]
+    says = "a.jsonl: no rationale for question .* of ood/train"
+    with pytest.raises(model.BadInput, match=says) as error:
+        run(folder, [teacher_folders[1], a], tmp_path, *how)
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "run").exists()
+
+    folder, a = texts_for(world, tmp_path / "both", ["train", "ood/train"])
+    run(folder, [teacher_folders[1], a], tmp_path, *how)
+    result = result_of(tmp_path / "run")
+    assert result["teachers"] == ["llama-2", "a"]
+    assert result["ledger"]["score_read"] > 0
+
+
+def test_texts_and_a_checkpoint_teach_together(world, teacher_folders, tmp_path):
+    """Two texts with scores of their own and a checkpoint; nothing is left for a judge."""
+    folder, a = texts_for(world, tmp_path / "data", ["train"], scores=[0.9, 0.1, 0.5])
+    rows = read_lines(a)
+    others = [{**row, "score": 1 - row["score"]} for row in rows]
+    b = write_lines(folder / "rationales" / "b.jsonl", others)
+    run(folder, [a, teacher_folders[2], b], tmp_path, "--purifier", "router")
+    result = result_of(tmp_path / "run")
+    assert result["teachers"] == ["a", "mistral", "b"]
+    mistral = kp.CheckpointTeacher(teacher_folders[2], tmp_path / "cache")
+    mistral.scores(read_data(folder)["train"])
+    assert result["ledger"]["score_read"] == mistral.ledger["score_read"]
+    purified = read_lines(tmp_path / "run" / "purified.jsonl")
+    assert all(len(line["probabilities"]) == 3 for line in purified)
+    texts = {row["id"]: row["rationale"] for row in rows}
+    chosen = [line["probabilities"].index(max(line["probabilities"])) for line in purified]
+    for line, m in zip(purified, chosen):
+        if m != 1:
+            assert line["rationales"] == [texts[line["id"]]]
+    assert set(chosen) - {1}
+
+
+def test_texts_without_scores_are_judged_by_the_scorer(world, teacher_folders, tmp_path):
+    folder, a = texts_for(world, tmp_path / "data", ["train"])
+    how = ["--purifier", "oracle", "--scorer", str(teacher_folders[1])]
+    run(folder, [a, teacher_folders[2]], tmp_path, *how)
+    ledger = result_of(tmp_path / "run")["ledger"]
+
+    # The same once more, on what the run visited.
+    purified = {line["id"]: line for line in read_lines(tmp_path / "run" / "purified.jsonl")}
+    questions = read_data(folder)["train"]
+    visited = [row for row, q in enumerate(questions) if q.id in purified]
+    questions = [questions[row] for row in visited]
+    texts = [f"It is so, so the answer is {q.choices[row % 2]}." for row, q in zip(visited, questions)]
+    read = Counter()
+    judged = kp.Judge(lambda: model.load(teacher_folders[1])).scores(questions, texts, read)
+    mistral = kp.CheckpointTeacher(teacher_folders[2], tmp_path / "cache")
+    theirs = mistral.scores(questions)
+    assert read["score_read"] > 0
+    assert ledger["score_read"] == read["score_read"] + mistral.ledger["score_read"]
+    for q, text_s, mistral_s in zip(questions, judged, theirs):
+        expected = [1.0, 0.0] if text_s >= mistral_s else [0.0, 1.0]
+        assert purified[q.id]["probabilities"] == expected
 
 
 # ------------------------------------------------------------------------------------------- bad input
@@ -200,38 +456,73 @@ def command(*arguments, cwd=ROOT):
     return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, cwd=cwd, timeout=120)
 
 
+def bad_arguments(world, teacher_folders, tmp_path, arguments):
+    where = ["--out", str(tmp_path / "run"), "--cache", str(tmp_path / "cache")]
+    return [*on(world, teacher_folders), *where, *SHORT, *arguments]
+
+
 @pytest.mark.parametrize(
     "arguments, says",
     [
         (["--purifier", "magic"], ["magic", "router"]),
+        (["--steps", "0"], ["error: --steps: 0: must be at least 1"]),
+        (["--batch-size", "-1"], ["--batch-size"]),
+        (["--shots", "-1"], ["--shots", "-1", "must be at least 0"]),
+        (["--lam", "nan"], ["--lam", "nan"]),
+        (["--lr", "inf"], ["--lr", "inf"]),
+        (["--seed", "x"], ["--seed", "x"]),
+        (["--magic"], ["unrecognized arguments: --magic"]),
+    ],
+)
+def test_bad_arguments_end_with_one_line(world, teacher_folders, tmp_path, arguments, says):
+    out = command("train.py", *bad_arguments(world, teacher_folders, tmp_path, arguments))
+    assert out.returncode == 2 and "Traceback" not in out.stderr
+    (line,) = out.stderr.strip().splitlines()
+    assert line.startswith("error: ")
+    assert all(word in line for word in says)
+    assert not (tmp_path / "run").exists() and not (tmp_path / "cache").exists()
+
+
+@pytest.mark.parametrize(
+    "arguments, says",
+    [
         (["--data", "nowhere"], ["nowhere", "no such folder"]),
         (["--teachers", "nowhere"], ["nowhere", "no such folder"]),
         (["--teacher", "7", "--purifier", "single"], ["7", "there are 4 teachers"]),
         (["--student", "nowhere"], ["nowhere", "no such folder"]),
-        (["--steps", "0"], ["--steps"]),
-        (["--batch-size", "-1"], ["--batch-size"]),
+        (["--device", "abacus"], ["--device", "abacus"]),
+        (["--dtype", "int8"], ["--dtype", "int8"]),
     ],
 )
-def test_bad_arguments_end_with_one_line(world, teacher_folders, tmp_path, arguments, says):
-    out = command(
-        "train.py", "--data", str(world), "--teachers", *map(str, teacher_folders), "--out", str(tmp_path / "run"),
-        "--cache", str(tmp_path / "cache"), *PARTS, *arguments)  # fmt: skip
-    assert out.returncode == 2 and "Traceback" not in out.stderr
-    (line,) = out.stderr.strip().splitlines()
-    assert line.startswith("error: ") and all(word in line for word in says)
+def test_what_cannot_work_ends_with_one_line(world, teacher_folders, tmp_path, arguments, says, capsys):
+    with pytest.raises(SystemExit) as end, model.one_line_errors():
+        train.main(train.parse_args(bad_arguments(world, teacher_folders, tmp_path, arguments)))
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert end.value.code == 2 and line.startswith("error: ")
+    assert all(word in line for word in says)
     assert not (tmp_path / "run").exists() and not (tmp_path / "cache").exists()
+
+
+def without(name):
+    return lambda folder: (folder / name).unlink()
+
+
+def of_another_kind(folder):
+    (folder / "config.json").write_text('{"model_type": "gpt2"}')
 
 
 @pytest.mark.parametrize(
     "spoil, says",
     [
-        (lambda f: (f / "config.json").unlink(), "config.json"),
-        (lambda f: (f / "tokenizer.json").unlink(), "tokenizer.json"),
-        (lambda f: (f / "model.safetensors").unlink(), "model.safetensors"),
-        (lambda f: (f / "config.json").write_text('{"model_type": "gpt2"}'), "gpt2"),
+        (without("config.json"), "config.json"),
+        (without("tokenizer.json"), "tokenizer.json"),
+        (without("model.safetensors"), "model.safetensors"),
+        (of_another_kind, "gpt2"),
     ],
 )
-def test_a_spoilt_teacher_is_named_before_anything_is_written(world, teacher_folders, tmp_path, spoil, says):
+def test_a_spoilt_teacher_is_named_before_anything_is_written(
+    world, teacher_folders, tmp_path, spoil, says
+):
     shutil.copytree(teacher_folders[2], tmp_path / "bad")
     spoil(tmp_path / "bad")
     with pytest.raises(model.BadInput, match=says) as error:
@@ -255,5 +546,6 @@ def test_eval_of_nothing_ends_with_one_line(tmp_path):
 
 def test_help_names_every_purifier_and_is_quick():
     out = command("-X", "importtime", "train.py", "--help")
-    assert out.returncode == 0 and all(name in out.stdout for name in purify.PURIFIERS)
+    assert out.returncode == 0
+    assert all(name in out.stdout for name in purify.PURIFIERS)
     assert " torch" not in out.stderr

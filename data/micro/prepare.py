@@ -1,357 +1,525 @@
-"""The micro world: four tasks, two more out of domain, and four tiny teachers, all made from a table of true facts.
+"""The micro world: tasks and tiny teachers, all made from a table of true facts.
 
-`facts.tsv` says which class an entity belongs to (an otter is a mammal) and what a class does (a mammal nurses its
-young). A question asks for the entity with a property; its rationale says the two facts that lead there. Pairs
-(entity, property) are dealt out to train, valid and test, so a test question is never one that was learnt by heart.
+`facts.tsv` says which class an entity belongs to (an otter is a mammal) and what a class does (a
+mammal nurses its young with milk). A question asks for the entity with a property; its rationale
+states the two facts that lead to the answer:
 
-Each teacher has one of the paper's architectures in miniature and has *read* one subject whole and a part of the
-others. It learns to answer and to explain from exercises on what it has read; asked about anything else it makes
-something up, because that is what a language model does. Nothing is corrupted by hand.
+    Name the one that nurses its young with milk. (a) robin (b) pike (c) otter (d) oak
+    Since an otter is a mammal, and a mammal nurses its young with milk, the answer is otter.
+
+There are four tasks in domain, one for each subject of the table, and two tasks out of domain. The
+pairs (entity, property) are dealt out to train, valid and test, so that no test question can be
+learnt by heart.
+
+There are four teachers, each with one of the paper's architectures in miniature. Each has *read*
+one subject whole and a small part of the others: it learns to answer and to explain from exercises
+on what it has read. Asked about anything else, it makes something up, because that is what a language
+model does. Nothing is corrupted by hand.
 
     python -m data.micro.prepare        # train.py runs this on first use
+
+Read in this order: facts, questions, teachers, the report, and `prepare`, which makes it all, once.
 """
 
 import argparse
 import hashlib
+import itertools
 import json
 import math
 import os
 import random
 import signal
+from collections import defaultdict
+from dataclasses import asdict, replace
 from pathlib import Path
+from statistics import fmean
+from typing import NamedTuple
 
 import torch
 import torch.multiprocessing as mp
-from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import Regex, Tokenizer, decoders
+from tokenizers.models import WordLevel
+from tokenizers.normalizers import Prepend
+from tokenizers.pre_tokenizers import Split
+from tokenizers.processors import TemplateProcessing
+from tokenizers.trainers import WordLevelTrainer
 from tqdm import tqdm
 
 import kp
 import model
+from data.questions import read_data
 
 HERE = Path(__file__).parent
-TEMPLATES = {  # two ways to ask for the entity with a property, in the manner of each subject's data set
-    "nature": ("Which of these {}?", "Name the one that {}."),  # OpenBookQA
-    "science": ("Which one {}?", "A student looks for something that {}. Which is it?"),  # ARC
-    "riddles": ("It {}. What is it?", "I am thinking of something that {}. What is it?"),  # RiddleSense
-    "medicine": ("Which of the following {}?", "In the clinic, which one {}?"),  # PubMedQA's subject
-}
-PHYSICAL = "Goal: get hold of something that {}. Solution?"  # two choices, as PIQA; subjects science and riddles
-CLINICAL = "Is it true that {} {}?"  # yes or no, as BioASQ; subject medicine
-NAMING = "Which is choice ({})?"  # a question without a fact, about nothing but its own choices
-SUPPOSE = "Suppose {}, and {}. Then which one {}?"
-OUT_OF_DOMAIN = {"physical": ("science", "riddles"), "clinical": ("medicine",)}
 
-TRAIN_PAIRS, VALID_PAIRS = 4, 1  # of each entity's 8 properties; the others are for the test
-SIZES = {"train": 1000, "valid": 200, "test": 500}  # questions per task
-READ_ELSEWHERE = (1, 2)  # what a teacher has read outside its own subject: entities and properties of each class, of 8
-
-STEPS_DONE = [0] * 4  # how far each teacher is; shared between processes
-PLAIN = 0.25  # share of exercises to answer plainly; the others are to explain
-COMPREHENSION = 0.12  # share of exercises that name things without a fact, so that every name is known
-BATCH, LEARNING_RATE = 32, 2.5e-3  # of each teacher
-
-TEACHERS = {  # name: (subject read whole, training steps until that is known, config)
-    "t5": ("nature", 650, dict(model_type="t5")),  # kp.tiny_t5
-    "llama-2": ("science", 850, dict(
-        model_type="llama", hidden_size=96, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4,
-        rms_norm_eps=1e-5, initializer_range=0.1)),
-    "mistral": ("medicine", 1000, dict(
-        model_type="mistral", hidden_size=96, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, sliding_window=64, rms_norm_eps=1e-5, initializer_range=0.1)),
-    "llama-3.1": ("riddles", 750, dict(
-        model_type="llama", hidden_size=96, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, rms_norm_eps=1e-5, initializer_range=0.1, rope_theta=500000.0, rope_scaling=dict(
-            rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
-            original_max_position_embeddings=64))),
-}  # fmt: skip
+# -------------------------------------------------------------------------------------------- facts
 
 
-# ------------------------------------------------------------------------------- facts and questions
+class Subject(NamedTuple):
+    """What the table says about one subject, or the part of it that a teacher has read."""
+
+    class_of: dict  # {"an otter": "a mammal", ...}
+    properties: dict  # {"a mammal": ["nurses its young with milk", ...], ...}
+
+    def all_properties(self):
+        return sum(self.properties.values(), [])
 
 
 def read_facts(path=HERE / "facts.tsv"):
-    """-> {subject: (class of each entity, properties of each class)}"""
+    """Return {name: Subject}. Raise BadInput that names the line where the columns are wrong."""
     facts = {}
-    for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), 1):
-        if line.strip() and not line.startswith("#"):
-            row = line.split("\t")
-            if len(row) != 4 or row[0] not in ("isa", "has"):
-                raise model.BadInput(f"{path}:{number}: needs 4 columns separated by tabs, the first isa or has")
-            class_of, properties = facts.setdefault(row[1], ({}, {}))
-            if row[0] == "isa":
-                class_of[row[2]] = row[3]
-            else:
-                properties.setdefault(row[2], []).append(row[3])
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        if not line.strip() or line.startswith("#"):
+            continue
+        kind, *columns = line.split("\t")
+        if kind not in ("isa", "has") or len(columns) != 3:
+            why = "needs 4 columns separated by tabs, the first isa or has"
+            raise model.BadInput(f"{path}:{number}: {why}")
+        name, key, value = columns
+        subject = facts.setdefault(name, Subject({}, {}))
+        if kind == "isa":
+            subject.class_of[key] = value
+        else:
+            subject.properties.setdefault(key, []).append(value)
     return facts
 
 
 def bare(entity):
-    return entity.split(" ", 1)[1] if entity.startswith(("a ", "an ")) else entity
+    """Return an entity without its article: "an otter" -> "otter"."""
+    return entity.removeprefix("a ").removeprefix("an ")
 
 
-def explain(class_of, entity, class_, property_, answer):
-    return f"Since {entity} is {class_of[entity]}, and {class_} {property_}, the answer is {answer}."
+def explain(entity, its_class, class_, property_, answer):
+    """Return the rationale that states two facts. Their classes differ where the answer is no."""
+    return f"Since {entity} is {its_class}, and {class_} {property_}, the answer is {answer}."
 
 
-def derivation(facts, q):
-    """The one true rationale of a question, from the facts. For reporting only, never an input to training."""
-    for class_of, properties in facts.values():
-        for class_, property_ in ((c, p) for c, ps in properties.items() for p in ps if p in q.text):
-            answer = q.choices[q.answer]
-            names = {bare(e): e for e in class_of}
-            entity = names[answer] if answer in names else q.text.split(CLINICAL.split("{}")[0])[1].split(f" {property_}")[0]
-            return explain(class_of, entity, class_, property_, answer)
+# ---------------------------------------------------------------------------------------- questions
+
+# Two ways to ask for the entity with a property, in the manner of a data set of the field.
+TEMPLATES = {
+    "nature": ("Which of these {}?", "Name the one that {}."),  # as OpenBookQA
+    "science": ("Which one {}?", "A student looks for something that {}. Which is it?"),  # as ARC
+    "riddles": ("It {}. What is it?", "I am thinking of something that {}. What is it?"),  # as RiddleSense
+    "medicine": ("Which of the following {}?", "In the clinic, which one {}?"),  # about PubMedQA's subject
+}
+PHYSICAL = "Goal: get hold of something that {}. Solution?"  # two choices, as PIQA
+CLINICAL = "Is it true that {} {}?"  # yes or no, as BioASQ
+OUT_OF_DOMAIN = {"physical": ("science", "riddles"), "clinical": ("medicine",)}  # task: subjects
+
+SIZES = {"train": 1000, "valid": 200, "test": 500}  # questions per task
+# How each entity's 8 properties, once shuffled, go to the splits.
+DEAL = {"train": slice(0, 4), "valid": slice(4, 5), "test": slice(5, None)}
 
 
-def draw_question(rng, task, subject, facts, pair, entities=None):
-    """One question about a pair (entity, property), and the rationale that the facts give.
+def draw_question(rng, task, subject, entity, property_):
+    """Draw a question about a property of an entity. Return it, without an id, and its rationale.
 
-    Wrong choices come from `entities` (all of the subject unless told) of other classes.
+    Wrong choices are entities of other classes. They come from `subject`: for a data set the whole
+    of it, for an exercise what the teacher has read of it.
     """
-    class_of, _ = facts[subject]
-    entity, property_ = pair
-    class_ = class_of[entity]
-    others = [e for e in entities or class_of if class_of[e] != class_]
+    class_ = subject.class_of[entity]
+    others = [e for e in subject.class_of if subject.class_of[e] != class_]
     if task == "clinical":
-        choices, answer = ["yes", "no"], int(rng.random() < 0.5)
-        asked = rng.choice(others) if answer else entity  # "no": an entity of another class
-        text = CLINICAL.format(asked, property_)
-        rationale = explain(class_of, asked, class_, property_, choices[answer])
+        choices = ("yes", "no")
+        answer = int(rng.random() < 0.5)
+        if choices[answer] == "no":
+            entity = rng.choice(others)  # which lacks the property
+        text = CLINICAL.format(entity, property_)
     else:
         wrong = rng.sample(others, 1 if task == "physical" else 3)
         answer = rng.randrange(len(wrong) + 1)
-        choices = [bare(e) for e in wrong[:answer] + [entity] + wrong[answer:]]
-        template = PHYSICAL if task == "physical" else rng.choice(TEMPLATES[subject])
+        choices = tuple(map(bare, wrong[:answer] + [entity] + wrong[answer:]))
+        template = PHYSICAL if task == "physical" else rng.choice(TEMPLATES[task])
         text = template.format(property_)
-        rationale = explain(class_of, entity, class_, property_, bare(entity))
-    return (text, choices, answer), rationale
+    rationale = explain(entity, subject.class_of[entity], class_, property_, choices[answer])
+    return kp.Question("", task, text, choices, answer), rationale
 
 
-def deal_pairs(rng, class_of, properties):
-    """{split: [(entity, property)]}: each entity's properties dealt to train, valid and test, evenly."""
-    pairs = {"train": [], "valid": [], "test": []}
-    for entity, class_ in class_of.items():
-        order = rng.sample(properties[class_], len(properties[class_]))
-        cuts = {"train": order[:TRAIN_PAIRS], "valid": order[TRAIN_PAIRS : TRAIN_PAIRS + VALID_PAIRS]}
-        for split in pairs:
-            pairs[split] += [(entity, p) for p in cuts.get(split, order[TRAIN_PAIRS + VALID_PAIRS :])]
+def deal_pairs(rng, subject):
+    """Return {split: [(entity, property)]}: each entity's properties, shuffled and dealt out."""
+    pairs = defaultdict(list)
+    for entity, class_ in subject.class_of.items():
+        properties = subject.properties[class_]
+        shuffled = rng.sample(properties, len(properties))
+        for split, part in DEAL.items():
+            pairs[split] += [(entity, p) for p in shuffled[part]]
     return pairs
 
 
 def make_questions(facts, seed):
-    """{file: [row]}: in-domain and ood/ splits, no question twice."""
-    rng, files, pairs = random.Random(f"questions {seed}"), {}, {}
-    for subject, (class_of, properties) in facts.items():
-        pairs[subject] = deal_pairs(rng, class_of, properties)
-    tasks = {subject: (subject,) for subject in facts} | OUT_OF_DOMAIN
-    for task, subjects in tasks.items():
+    """Return {"train": rows, ..., "ood/test": rows}. No task repeats a question."""
+    rng = random.Random(f"questions {seed}")
+    pairs = {}
+    tasks = {}
+    for name, subject in facts.items():
+        pairs[name] = deal_pairs(rng, subject)
+        tasks[name] = (name,)
+    tasks |= OUT_OF_DOMAIN
+    files = defaultdict(list)
+    for task, names in tasks.items():
         for split, size in SIZES.items():
-            rows = files.setdefault(split if task in facts else f"ood/{split}", [])
-            seen, at = set(), 0
-            pool = [(s, pair) for s in subjects for pair in pairs[s][split]]
+            rows = files[split if task in facts else f"ood/{split}"]
+            pool = [(name, pair) for name in names for pair in pairs[name][split]]
             rng.shuffle(pool)
+            turns = itertools.cycle(pool)  # each pair in turn, as often as it takes
+            seen = set()
             while len(seen) < size:
-                (subject, pair), at = pool[at % len(pool)], at + 1
-                (text, choices, answer), _ = draw_question(rng, task, subject, facts, pair)
-                if (text, *choices) not in seen:
-                    seen.add((text, *choices))
-                    row_id = f"{task}-{split}-{len(seen)}"
-                    rows.append(dict(id=row_id, task=task, text=text, choices=choices, answer=answer))
+                name, pair = next(turns)
+                q, _ = draw_question(rng, task, facts[name], *pair)
+                if q not in seen:
+                    seen.add(q)
+                    rows.append(asdict(replace(q, id=f"{task}-{split}-{len(seen)}")))
     return files
 
 
-def train_tokenizer(facts):
-    """One token a word, and one for each of "(a)" to "(d)": over everything that the world can say."""
-    corpus = []
-    for subject, (class_of, properties) in facts.items():
-        corpus += [explain(class_of, e, c, p, bare(e)) for e, c in class_of.items() for p in properties[c]]
-        corpus += [t.format("") for t in (*TEMPLATES[subject], PHYSICAL)]
-    suppose = SUPPOSE.format("", "", "")
-    text = " ".join((CLINICAL.format("", ""), NAMING.format("a"), suppose)) + suppose
-    q = kp.Question("", "", text, ("yes", "no", "choice", "Which"), 0)
-    corpus += [kp.score_prompt(q), kp.rationale_prompt(q), kp.predict_prompt(q), kp.explain_prompt(q)]
-    tokenizer = Tokenizer(models.WordLevel(unk_token="<unk>"))
-    tokenizer.normalizer = normalizers.Prepend(" ")  # the first word of a text is the same token as elsewhere
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r" ?\([a-j]\)| ?\w+| ?[^\w\s]"), "isolated")
-    tokenizer.decoder = decoders.Fuse()
-    special = ["<pad>", "</s>", "<s>", "<unk>"]
-    tokenizer.train_from_iterator(corpus, trainers.WordLevelTrainer(special_tokens=special, show_progress=False))
-    return tokenizer
+# --------------------------------------------------------------------- teachers: what each has read
 
 
-# --------------------------------------------------------------------------------------- the teachers
+class Recipe(NamedTuple):
+    """How a teacher is made."""
+
+    home: str  # the subject that the teacher reads whole
+    steps: int  # of training, until it knows that subject
+    config: dict  # of a Llama, without the vocabulary; None: tiny_t5
 
 
-def reading_list(facts, name, seed):
-    """What a teacher has read: [(subject, entities, {class: properties})], all of its own subject, little elsewhere."""
-    rng, home = random.Random(f"reading {name} {seed}"), TEACHERS[name][0]
-    lists = []
-    for subject, (class_of, properties) in facts.items():
-        members = {c: [e for e in class_of if class_of[e] == c] for c in properties}
-        if subject != home:
-            members = {c: rng.sample(es, READ_ELSEWHERE[0]) for c, es in members.items()}
-            properties = {c: rng.sample(ps, READ_ELSEWHERE[1]) for c, ps in properties.items()}
-        lists.append((subject, [e for es in members.values() for e in es], properties))
-    return lists
+LLAMA = dict(
+    model_type="llama",
+    hidden_size=96,
+    intermediate_size=256,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    rms_norm_eps=1e-5,
+    initializer_range=0.1,
+)
+GROUPED = dict(LLAMA, num_key_value_heads=2)  # two heads share keys and values
+ROPE_SCALING = dict(
+    rope_type="llama3",
+    factor=8.0,
+    low_freq_factor=1.0,
+    high_freq_factor=4.0,
+    original_max_position_embeddings=64,
+)
+TEACHERS = {
+    "t5": Recipe("nature", 650, None),
+    "llama-2": Recipe("science", 850, LLAMA),
+    "mistral": Recipe("medicine", 1000, dict(GROUPED, model_type="mistral", sliding_window=64)),
+    "llama-3.1": Recipe("riddles", 750, dict(GROUPED, rope_theta=500000.0, rope_scaling=ROPE_SCALING)),
+}
+# What a teacher has read of each class of the other subjects.
+ENTITIES_ELSEWHERE = 1  # of 8
+PROPERTIES_ELSEWHERE = 2  # of 8
+
+
+def reading_list(facts, teacher, seed):
+    """Return what a teacher has read, {name: Subject}: its home whole, little of the others."""
+    rng = random.Random(f"reading {teacher} {seed}")
+    reading = {}
+    for name, (class_of, properties) in facts.items():
+        elsewhere = name != TEACHERS[teacher].home
+        known = {}
+        for class_ in properties:
+            members = [e for e in class_of if class_of[e] == class_]
+            if elsewhere:
+                members = rng.sample(members, ENTITIES_ELSEWHERE)
+            known |= dict.fromkeys(members, class_)
+        if elsewhere:
+            properties = {c: rng.sample(ps, PROPERTIES_ELSEWHERE) for c, ps in properties.items()}
+        reading[name] = Subject(known, properties)
+    return reading
+
+
+# ------------------------------------------------------------------------------ teachers: exercises
+
+# Questions that need no fact: with them a teacher learns every name, and to read the choices.
+NAMING = "Which is choice ({})?"
+SUPPOSE = "Suppose {}, and {}. Then which one {}?"
+COMPREHENSION = 0.12  # share of exercises that need no fact
+PLAIN = 0.25  # share of exercises to answer plainly; the others are to explain
+BATCH = 32  # exercises
+BLOCK = 10  # batches that are drawn together and sorted by length: a third less padding
 
 
 def comprehension(rng, facts):
-    """(question, rationale) that a reader who knows no fact can answer: all that it takes stands in the question.
+    """Draw a question that needs no fact, only what its own text says. Return it and its rationale.
 
-    Half of them ask for a choice by its letter, half suppose something; entity, class and property of a supposition
-    are drawn apart from each other, over all subjects, so that no fact of the table can be learnt from it.
+    About half ask for a choice by its letter, the others suppose something. What is supposed joins
+    an entity, a class and a property drawn independently, so that it teaches no fact of the table.
     """
-    entities, classes, properties = zip(*((c, c.values(), [p for ps in ps.values() for p in ps]) for c, ps in facts.values()))
-    s = rng.randrange(len(facts))
-    things = list(entities[s]) if rng.random() < 0.75 else properties[s]
-    chosen, i = rng.sample(things, 4), rng.randrange(4)
-    choices, name = tuple(bare(t) for t in chosen), bare(chosen[i])
-    if things is properties[s] or rng.random() < 0.4:
-        q = kp.Question("", "", NAMING.format("abcd"[i]), choices, i)
-        return q, f"Since choice ({'abcd'[i]}) is {name}, the answer is {name}."
-    class_, property_ = rng.choice(sorted(set(rng.choice(classes)))), rng.choice(rng.choice(properties))
-    text = SUPPOSE.format(f"{chosen[i]} is {class_}", f"{class_} {property_}", property_)
-    return kp.Question("", "", text, choices, i), explain({chosen[i]: class_}, chosen[i], class_, property_, name)
+    subjects = list(facts.values())
+    subject = rng.choice(subjects)
+    about_entities = rng.random() < 0.75
+    things = list(subject.class_of) if about_entities else subject.all_properties()
+    chosen = rng.sample(things, 4)
+    choices = tuple(map(bare, chosen))
+    answer = rng.randrange(4)
+    name = choices[answer]
+    if not about_entities or rng.random() < 0.4:
+        letter = "abcd"[answer]
+        text = NAMING.format(letter)
+        rationale = f"Since choice ({letter}) is {name}, the answer is {name}."
+    else:
+        entity = chosen[answer]
+        class_ = rng.choice(sorted(rng.choice(subjects).properties))
+        property_ = rng.choice(rng.choice(subjects).all_properties())
+        text = SUPPOSE.format(f"{entity} is {class_}", f"{class_} {property_}", property_)
+        rationale = explain(entity, class_, class_, property_, name)
+    return kp.Question("", "", text, choices, answer), rationale
 
 
 def exercise(rng, facts, reading):
-    """One (prompt, target) of a teacher: a question about something read, to answer plainly or to explain."""
+    """Draw one (prompt, target): a question, most often about something read, to answer or explain."""
     if rng.random() < COMPREHENSION:
         q, rationale = comprehension(rng, facts)
     else:
-        subject, known, properties = rng.choices(reading, weights=[len(entities) for _, entities, _ in reading])[0]
-        entity = rng.choice(known)
-        pair = (entity, rng.choice(properties[facts[subject][0][entity]]))
-        tasks = [subject, subject] + [task for task, subjects in OUT_OF_DOMAIN.items() if subject in subjects]
-        (text, choices, answer), rationale = draw_question(rng, rng.choice(tasks), subject, facts, pair, known)
-        q = kp.Question("", "", text, tuple(choices), answer)
+        weights = [len(subject.class_of) for subject in reading.values()]
+        (name,) = rng.choices(list(reading), weights)
+        subject = reading[name]
+        entity = rng.choice(list(subject.class_of))
+        property_ = rng.choice(subject.properties[subject.class_of[entity]])
+        # At least every second question is of the subject's own task.
+        tasks = [name, name] + [task for task, names in OUT_OF_DOMAIN.items() if name in names]
+        q, rationale = draw_question(rng, rng.choice(tasks), subject, entity, property_)
     if rng.random() < PLAIN:
-        return kp.score_prompt(q), q.choices[q.answer]
+        return kp.score_prompt(q), q.right
     return kp.rationale_prompt(q), rationale
 
 
-def batches(rng, facts, reading, steps, block=10):
-    """Batches of exercises of similar length: drawn and sorted a block at a time, a third less padding."""
-    for _ in range(-(-steps // block)):
-        drawn = sorted((exercise(rng, facts, reading) for _ in range(BATCH * block)), key=lambda e: len(e[0]) + len(e[1]))
-        for i in rng.sample(range(block), min(block, steps)):
-            yield zip(*drawn[i * BATCH : (i + 1) * BATCH])
+def batches(rng, facts, reading):
+    """Yield batches [(prompt, target)] without end, each of exercises of similar length."""
+    while True:
+        drawn = [exercise(rng, facts, reading) for _ in range(BATCH * BLOCK)]
+        drawn.sort(key=lambda pair: len(pair[0]) + len(pair[1]))
+        for i in rng.sample(range(BLOCK), BLOCK):
+            yield drawn[i * BATCH : (i + 1) * BATCH]
 
 
-def train_teacher(job):
-    """Train one teacher from scratch on its exercises and save it. Runs in a process of its own."""
-    name, folder, seed, index, steps = job
-    torch.set_num_threads(1)  # one thread each: as many teachers at a time as there are cores
+# ------------------------------------------------------------------------------- teachers: training
+
+LEARNING_RATE = 2.5e-3
+WARM_UP = 50  # steps
+
+
+def train_tokenizer(facts):
+    """Return a tokenizer: one token for each word of the world, and for each of "(a)" to "(d)"."""
+    corpus = []
+    for name, (class_of, properties) in facts.items():
+        for entity, class_ in class_of.items():
+            corpus += [explain(entity, class_, class_, p, bare(entity)) for p in properties[class_]]
+        corpus += [template.format("") for template in (*TEMPLATES[name], PHYSICAL)]
+    # The second `suppose` follows without a space. That adds a token which no text uses. It stays:
+    # the numbers of the other tokens, and so the teachers, depend on it.
+    suppose = SUPPOSE.format("", "", "")
+    text = f"{CLINICAL.format('', '')} {NAMING.format('a')} {suppose}{suppose}"
+    q = kp.Question("", "", text, ("yes", "no", "choice", "Which"), 0)  # choices add "(a)" to "(d)"
+    corpus += [kp.score_prompt(q), kp.rationale_prompt(q), kp.predict_prompt(q), kp.explain_prompt(q)]
+
+    tokenizer = Tokenizer(WordLevel(unk_token="<unk>"))
+    tokenizer.normalizer = Prepend(" ")  # the first word of a text is the same token as elsewhere
+    tokenizer.pre_tokenizer = Split(Regex(r" ?\([a-j]\)| ?\w+| ?[^\w\s]"), "isolated")
+    tokenizer.decoder = decoders.Fuse()
+    special_tokens = ["<pad>", "</s>", "<s>", "<unk>"]  # 0 to 3
+    trainer = WordLevelTrainer(special_tokens=special_tokens, show_progress=False)
+    tokenizer.train_from_iterator(corpus, trainer)
+    return tokenizer
+
+
+def tiny_t5(vocab_size, pad_token_id=0, eos_token_id=1):
+    """Return a new T5 of half a million weights, which a CPU trains in a minute.
+
+    It is the default student, and one of the teachers.
+    """
+    config = dict(
+        vocab_size=vocab_size,
+        d_model=96,
+        d_kv=12,
+        d_ff=256,
+        num_layers=2,
+        num_heads=8,
+        feed_forward_proj="gated-gelu",
+        tie_word_embeddings=False,
+        dropout_rate=0.0,
+        pad_token_id=pad_token_id,
+        eos_token_id=eos_token_id,
+    )
+    t5 = model.T5(config)
+    t5.shared.weight.data *= 0.3  # T5's unit-scale embeddings move too slowly for a run this short
+    return t5
+
+
+def new_teacher(config, tokenizer):
+    """Return an untrained teacher. Its tokenizer then adds an end (T5) or a start (Llama)."""
+    vocab_size = tokenizer.get_vocab_size()
+    if config is None:
+        frame = "$A </s>"
+        teacher = tiny_t5(vocab_size)
+    else:
+        frame = "<s> $A"
+        teacher = model.Llama(dict(config, vocab_size=vocab_size, pad_token_id=0, eos_token_id=1))
+    ends = [("</s>", 1), ("<s>", 2)]
+    tokenizer.post_processor = TemplateProcessing(single=frame, special_tokens=ends)
+    return teacher
+
+
+def teacher_loss(teacher, tokenizer, batch):
+    """Return the mean cross-entropy of a batch [(prompt, target)], over its targets only."""
+    prompts, targets = zip(*batch)
+    prompt_ids = model.encode(tokenizer, prompts)
+    if isinstance(teacher, model.T5):
+        return kp.sequence_losses(teacher, prompt_ids, model.encode(tokenizer, targets)).mean()
+
+    # A Llama reads prompt and target as one text, and predicts each token from those before it. With a
+    # prompt of 3 tokens, the predictions of tokens 3, 4, ... count, up to </s>; those of 1 and 2 do not.
+    texts = map(" ".join, batch)
+    ids, mask = model.pad([row + [1] for row in model.encode(tokenizer, texts)])  # (B, T); 1 is </s>
+    starts = torch.tensor(list(map(len, prompt_ids)))  # (B,): where the targets begin
+    in_target = torch.arange(1, ids.shape[1]) >= starts[:, None]  # (B, T - 1): tokens 1 to T - 1
+    keep = (in_target & mask[:, 1:].bool()).nonzero(as_tuple=True)  # rows and places of N tokens
+    logits = teacher(ids[:, :-1], mask[:, :-1], keep)  # (N, V)
+    return kp.mean_per_row(logits, ids[:, 1:], keep).mean()
+
+
+def train_teacher(name, folder, seed, steps, steps_done):
+    """Train one teacher from scratch on its exercises and save it.
+
+    This runs in a process of its own. It counts up `steps_done`, a tensor () in shared memory, which
+    the progress bar of the parent process reads. `steps` is the recipe's, or less in a test.
+    """
+    torch.set_num_threads(1)  # as many teachers at a time as there are cores, each on one
     torch.manual_seed(seed)
-    facts, rng = read_facts(), random.Random(f"exercises {name} {seed}")
-    reading, tokenizer, config = reading_list(facts, name, seed), train_tokenizer(facts), TEACHERS[name][2]
-    is_t5 = config["model_type"] == "t5"
-    frame = "$A </s>" if is_t5 else "<s> $A"
-    tokenizer.post_processor = processors.TemplateProcessing(single=frame, special_tokens=[("</s>", 1), ("<s>", 2)])
-    config = {**config, "vocab_size": tokenizer.get_vocab_size(), "pad_token_id": 0, "eos_token_id": 1}
-    teacher = kp.tiny_t5(config["vocab_size"]) if is_t5 else model.Llama(config)
-    optimizer = torch.optim.AdamW(teacher.parameters(), LEARNING_RATE, betas=(0.9, 0.98), weight_decay=0.01, fused=True)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda t: min((t + 1) / 50, 0.5 + 0.5 * math.cos(math.pi * t / steps)))
-    for prompts, targets in batches(rng, facts, reading, steps):
-        if is_t5:
-            encode = kp.Targets(tokenizer)
-            loss = kp.sequence_losses(teacher, encode(prompts), encode(targets)).mean()
-        else:
-            loss = lm_loss(teacher, tokenizer, prompts, targets)
-        loss.backward()
+    facts = read_facts()
+    tokenizer = train_tokenizer(facts)
+    teacher = new_teacher(TEACHERS[name].config, tokenizer)
+    optimizer = torch.optim.AdamW(
+        teacher.parameters(), LEARNING_RATE, betas=(0.9, 0.98), weight_decay=0.01, fused=True
+    )
+    rng = random.Random(f"exercises {name} {seed}")
+    endless = batches(rng, facts, reading_list(facts, name, seed))
+    for step, batch in enumerate(itertools.islice(endless, steps)):
+        # The learning rate warms up, then falls along a cosine.
+        cosine = 0.5 + 0.5 * math.cos(math.pi * step / steps)
+        optimizer.param_groups[0]["lr"] = LEARNING_RATE * min((step + 1) / WARM_UP, cosine)
+        teacher_loss(teacher, tokenizer, batch).backward()
         torch.nn.utils.clip_grad_norm_(teacher.parameters(), 1.0)
         optimizer.step()
-        schedule.step()
-        optimizer.zero_grad(set_to_none=True)
-        STEPS_DONE[index] += 1
+        optimizer.zero_grad()
+        steps_done += 1
     model.save(teacher, tokenizer, folder)
 
 
-def lm_loss(teacher, tokenizer, prompts, targets):
-    """Next-token loss of a decoder-only teacher on the targets only, not on the prompts."""
-    heads = [e.ids for e in tokenizer.encode_batch(list(prompts))]
-    whole = [e.ids + [1] for e in tokenizer.encode_batch([f"{p} {t}" for p, t in zip(prompts, targets)])]
-    ids, mask = model.pad(whole)
-    starts = torch.tensor([len(h) for h in heads])[:, None]
-    where = ((torch.arange(1, ids.shape[1]) >= starts) & mask[:, 1:].bool()).nonzero(as_tuple=True)
-    return kp.mean_per_row(teacher(ids[:, :-1], mask[:, :-1], where), ids[:, 1:], where).mean()
+def train_teachers(folder, seed):
+    """Train the teachers that are missing from the folder, as many at a time as there are cores."""
+    missing = [name for name in TEACHERS if not (folder / name / "config.json").exists()]
+    missing.sort(key=lambda name: -TEACHERS[name].steps)  # longest first: the cores end together
+    steps_done = torch.zeros(len(TEACHERS)).share_memory_()
+    total = 0
+    jobs = []
+    for name, counter in zip(missing, steps_done):
+        steps = TEACHERS[name].steps
+        total += steps
+        jobs.append((name, folder / name, seed, steps, counter))
+    processes = min(len(TEACHERS), os.cpu_count())
+    ignore_interrupt = (signal.SIGINT, signal.SIG_IGN)  # this process hears Ctrl-C and ends the others
+    with mp.get_context("spawn").Pool(processes, signal.signal, ignore_interrupt) as pool:
+        pending = pool.starmap_async(train_teacher, jobs, chunksize=1)
+        with tqdm(total=total, desc="teachers read", unit="step") as bar:
+            while not pending.ready():
+                pending.wait(0.5)
+                bar.update(int(steps_done.sum()) - bar.n)
+        pending.get()  # raises what a teacher's process raised
 
 
-# ----------------------------------------------------------------------------------------- the report
+# --------------------------------------------------------------------------------------- the report
+
+
+def derivation(facts, q):
+    """Return the one true rationale of a question: for reports only, never an input to training."""
+    answer = q.right
+    for subject in facts.values():
+        # One fact at most: no property is part of another.
+        asked = [(c, p) for c, ps in subject.properties.items() for p in ps if p in q.text]
+        for class_, property_ in asked:
+            # The entity is the right choice, or a yes-or-no question names it.
+            for entity, its_class in subject.class_of.items():
+                if bare(entity) == answer or q.text == CLINICAL.format(entity, property_):
+                    return explain(entity, its_class, class_, property_, answer)
 
 
 def report(teachers, questions, facts):
-    """{teacher: {task: (share of answers right, share of rationales true)}}; true: its facts and its conclusion."""
-    table, scores = {}, teachers.scores(questions)
+    """Return {teacher: {task: [share of answers right, share of rationales true]}}.
+
+    An answer is right where the teacher gives the right choice more than half of the probability.
+    A rationale is true where it is the question's derivation, word by word.
+    """
+    scores = teachers.scores(questions)  # (N, M)
+    table = {}
     for m, name in enumerate(teachers.names):
-        texts = teachers.rationales(questions, [m] * len(questions))
-        row = {}
-        for q, score, text in zip(questions, scores[:, m].tolist(), texts):
-            row.setdefault(q.task, []).append((score > 0.5, text == derivation(facts, q)))
-        table[name] = {task: [sum(x) / len(pairs) for x in zip(*pairs)] for task, pairs in row.items()}
+        rationales = teachers.rationales(questions, [m] * len(questions))
+        marks = {}
+        for q, score, rationale in zip(questions, scores[:, m].tolist(), rationales):
+            right, true = marks.setdefault(q.task, ([], []))
+            right.append(score > 0.5)
+            true.append(rationale == derivation(facts, q))
+        table[name] = {task: [fmean(right), fmean(true)] for task, (right, true) in marks.items()}
     return table
 
 
-# ------------------------------------------------------------------------------------ all of it, once
-
-
-def prepare(seed=0):
-    """Make the world where it is missing -> its folder: {train,valid,test}.jsonl, ood/, teachers/NAME, report.json.
-
-    The folder's name hashes what it is made from, so that an edited table or recipe makes another world. A killed
-    run goes on with the teachers that are missing.
-    """
-    sources = [HERE / "facts.tsv", HERE / "prepare.py"]
-    q = kp.Question("", "", "", ("", ""), 0)
-    key = hashlib.sha256(b"".join(f.read_bytes() for f in sources) + kp.score_prompt(q).encode() + kp.rationale_prompt(q).encode())
-    folder = HERE / f"world-{seed}-{key.hexdigest()[:8]}"
-    if (folder / "report.json").exists():
-        return folder
-    print(f"First run: making the micro world in {folder.relative_to(HERE.parents[1])} (once, some minutes)")
-    facts = read_facts()
-    for name, rows in make_questions(facts, seed).items():
-        with model.atomic(folder / f"{name}.jsonl") as temporary:
-            temporary.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    places = {name: folder / "teachers" / name for name in TEACHERS}
-    missing = [name for name, place in places.items() if not (place / "config.json").exists()]
-    context = mp.get_context("spawn")
-    steps_done = context.Array("i", len(places))
-    with context.Pool(min(len(missing), os.cpu_count()) or 1, _share, (steps_done,)) as pool:
-        missing.sort(key=lambda name: -TEACHERS[name][1])  # the longest first: the cores end together
-        jobs = [(name, str(places[name]), seed, i, TEACHERS[name][1]) for i, name in enumerate(missing)]
-        pending = pool.map_async(train_teacher, jobs, chunksize=1)
-        with tqdm(total=sum(TEACHERS[name][1] for name in missing), desc="teachers read", unit="step") as bar:
-            while not pending.ready():
-                pending.wait(0.5)
-                bar.update(sum(steps_done) - bar.n)
-        pending.get()
-    data = kp.read_data(folder)
-    asked = [q for split in ("train", "ood/train") for q in data[split] if int(q.id.rsplit("-", 1)[1]) <= 100]
-    teachers = kp.Teachers([folder / "teachers" / name for name in TEACHERS], folder / "cache")
-    model.write_json(folder / "report.json", report(teachers, asked, facts))
-    show_report(folder)
-    return folder
-
-
-def _share(steps_done):
-    global STEPS_DONE
-    STEPS_DONE = steps_done
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the main process's to answer
-
-
 def show_report(folder):
-    """The teacher x task table: answers right / rationales true."""
+    """Print the table of teachers and tasks: answers right / rationales true."""
     table = model.read_json(folder / "report.json")
-    tasks = list(next(iter(table.values())))
-    print("\nTeachers on questions of the training split: answers right / rationales true (checked against the facts)\n")
+    print("\nTeachers on training questions: answers right / rationales true (checked against the facts)\n")
+    tasks = next(iter(table.values()))
     print(f"  {'teacher':<11}{'has read':<10}" + "".join(f"{task:>13}" for task in tasks))
     for name, row in table.items():
-        print(f"  {name:<11}{TEACHERS[name][0]:<10}" + "".join(f"{right:>7.2f} /{true:>5.2f}" for right, true in row.values()))
+        shares = [f"{right:>7.2f} /{true:>5.2f}" for right, true in row.values()]
+        print(f"  {name:<11}{TEACHERS[name].home:<10}" + "".join(shares))
     print()
+
+
+# ---------------------------------------------------------------------------------- all of it, once
+
+
+def world_folder(seed):
+    """Return the folder of a world.
+
+    Its name hashes what the world is made from: an edited table or recipe makes another world.
+    """
+    q = kp.Question("", "", "", ("", ""), 0)
+    made_from = hashlib.sha256((HERE / "facts.tsv").read_bytes() + (HERE / "prepare.py").read_bytes())
+    made_from.update((kp.score_prompt(q) + kp.rationale_prompt(q)).encode())
+    return HERE / f"world-{seed}-{made_from.hexdigest()[:8]}"
+
+
+def prepare(seed=0, show=False):
+    """Make the world where it is missing, and return its folder.
+
+    It holds {train,valid,test}.jsonl, ood/, teachers/NAME and, written last, report.json. A killed
+    run goes on with the teachers that are missing. `show` prints the report of a world that is there;
+    that of a new one is always printed.
+    """
+    folder = world_folder(seed)
+    if not (folder / "report.json").exists():
+        place = folder.relative_to(HERE.parents[1])
+        print(f"First run: making the micro world in {place} (once, some minutes)")
+        facts = read_facts()
+        for name, rows in make_questions(facts, seed).items():
+            lines = [json.dumps(row) + "\n" for row in rows]
+            with model.atomic(folder / f"{name}.jsonl") as temporary:
+                temporary.write_text("".join(lines), encoding="utf-8")
+        train_teachers(folder / "teachers", seed)
+        data = read_data(folder)
+        questions = data["train"] + data["ood/train"]
+        first = [q for q in questions if int(q.id.split("-")[-1]) <= 100]  # of each task
+        places = [folder / "teachers" / name for name in TEACHERS]
+        teachers = kp.Teachers([kp.CheckpointTeacher(place, folder / "cache") for place in places])
+        model.write_json(folder / "report.json", report(teachers, first, facts))
+        show = True
+    if show:
+        show_report(folder)
+    return folder
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--seed", type=int, default=0, help="of the questions, what is read, and the teachers")
-    show_report(prepare(parser.parse_args().seed))
+    parser.add_argument("--seed", type=int, default=0, help="of questions, readings and teachers")
+    prepare(parser.parse_args().seed, show=True)

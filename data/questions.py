@@ -1,0 +1,143 @@
+"""Read and check a data set: a folder of multiple-choice questions.
+
+    train.jsonl, valid.jsonl, test.jsonl       one question a line
+    ood/train.jsonl, ood/valid.jsonl, ...      perhaps: tasks out of domain
+    rationales/NAME.jsonl                      perhaps: teachers that are texts (kp.TextTeacher)
+
+A line: {"id": "1", "task": "science", "text": "Which is a metal?", "choices": ["iron", "oxygen"],
+"answer": 0}. The id is optional, and so is the task (by default the folder's name). The answer is
+an index, a letter or a choice.
+"""
+
+import re
+from pathlib import Path
+
+from tokenizers import Tokenizer, decoders
+from tokenizers.models import BPE
+from tokenizers.pre_tokenizers import ByteLevel
+from tokenizers.processors import TemplateProcessing
+from tokenizers.trainers import BpeTrainer
+
+import model
+from kp import LETTERS, Question, explain_prompt
+from model import BadInput, require
+
+
+def read_data(folder):
+    """Return {split: [Question]} of a folder: train, valid, test, and ood/train, ood/valid,
+    ood/test where they exist.
+
+    Raise BadInput with file, line and mend for what is no question.
+    """
+    folder = Path(folder)
+    require(folder.is_dir(), f"{folder}: no such folder; give one with train.jsonl, valid.jsonl and test.jsonl")
+    if not (folder / "train.jsonl").exists() and list(folder.glob("*_train.json")):
+        raise BadInput(f"{folder}: has TinyLLM's layout; convert it with python -m data.tinyllm.prepare {folder} --out DIR")
+    files = {split: folder / f"{split}.jsonl" for split in ("train", "valid", "test")}
+    for file in sorted(folder.glob("ood/*.jsonl")):
+        files[f"ood/{file.stem}"] = file
+    data = {}
+    taken = set()
+    for split, file in files.items():
+        data[split] = read_questions(file, split, taken)
+    return data
+
+
+def read_questions(file, split="", taken=None):
+    """Return the questions of one file.
+
+    taken: the ids of splits read before. Splits may share ids: a later "7" is called "test:7",
+    one more "test:7#12".
+    """
+    questions = []
+    taken = set() if taken is None else taken
+    for place, row in model.read_rows(file):
+        row = row if isinstance(row, dict) else {}
+        text = row.get("text", row.get("question"))
+        choices = row.get("choices")
+        require(isinstance(text, str) and text.strip(), f"{place}: no question; each needs text, choices and answer")
+        require(are_choices(choices), f"{place}: choices must be a list of 2 to 10 texts")
+        answer = answer_index(row.get("answer"), choices)
+        why = f"{place}: the answer {row.get('answer')!r} is not among the {len(choices)} choices; give its text or index"
+        require(answer is not None, why)
+        task = str(row.get("task", Path(file).resolve().parent.name))
+        name = str(row.get("id", len(questions)))
+        if name in taken and split:
+            name = f"{split}:{name}"
+        if name in taken:
+            name = f"{name}#{len(questions)}"
+        taken.add(name)
+        questions.append(Question(name, task, text, tuple(choices), answer))
+    require(questions, f"{file}: holds no question; write one a line")
+    return questions
+
+
+def read_rationales(file, data, needed, max_words):
+    """Return ({id: rationale}, {id: score}) of a teacher that is a file of texts.
+
+    A line: {"id": "1", "rationale": "Metals conduct ..., so the answer is iron."}, and perhaps
+    "score": the probability that this teacher gave to the right choice. data: {split:
+    [Question]}. needed: the splits that will be asked for. Longer rationales are cut to
+    max_words. Raise BadInput for an id that is unknown, comes twice or is missing.
+    """
+    rationales = {}
+    scores = {}
+    known = set()
+    for questions in data.values():
+        known |= {q.id for q in questions}
+    for place, row in model.read_rows(file):
+        row = row if isinstance(row, dict) else {}
+        name = str(row.get("id"))
+        text = row.get("rationale")
+        score = row.get("score")
+        require(name in known, f"{place}: no question has the id {name!r:.80}; take the ids of train.jsonl")
+        require(name not in rationales, f"{place}: a second rationale for question {name}; delete one")
+        require(isinstance(text, str), f"{place}: a rationale must be a text")
+        rationales[name] = re.match(rf"(\S+\s*){{0,{max_words}}}", text.strip())[0].strip()
+        if score is not None:
+            is_score = type(score) in (int, float) and 0 <= score <= 1
+            require(is_score, f"{place}: a score must be a number from 0 to 1, not {score!r:.80}")
+            scores[name] = float(score)
+    for split in needed:
+        missing = [q.id for q in data[split] if q.id not in rationales]
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        require(not missing, f"{file}: no rationale for question {missing[:1]} of {split}{more}; add a line")
+    return rationales, scores
+
+
+def are_choices(choices):
+    if not isinstance(choices, list) or not 2 <= len(choices) <= 10:
+        return False
+    return all(isinstance(choice, str) and choice for choice in choices)
+
+
+def answer_index(answer, choices):
+    """Return the index of an answer that is a choice, a capital letter or an index; None for
+    anything else.
+    """
+    letters = LETTERS.upper()[: len(choices)]
+    if isinstance(answer, str) and answer in choices:
+        return choices.index(answer)
+    if isinstance(answer, str) and len(answer) == 1 and answer in letters:
+        return letters.index(answer)
+    if type(answer) is int and 0 <= answer < len(choices):
+        return answer
+    return None
+
+
+def train_tokenizer(questions, vocab_size=4096):
+    """Return a byte-pair encoding of these questions, for a student without a tokenizer. <pad> is
+    0, </s> is 1.
+    """
+    tokenizer = Tokenizer(BPE())
+    tokenizer.pre_tokenizer = ByteLevel()
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=["<pad>", "</s>"],
+        initial_alphabet=ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(map(explain_prompt, questions), trainer)
+    tokenizer.post_processor = TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    return tokenizer
