@@ -189,13 +189,13 @@ def train(args):
         if run.saves(step):
             run.save(step + 1, student, optimizer, purifier, seconds)
 
-    # Evaluate, and write what the run leaves behind.
-    if ranks.rank != 0:
-        return None
+    # Evaluate, and write what the run leaves behind. All ranks ask the teachers, rank 0 does the rest.
     with seconds("evaluate"):
+        figures = purifier.figures()
+        if ranks.rank != 0:
+            return None
         splits = [split for split in ("valid", "test", "ood/test") if split in data]
         accuracy = {split: kp.accuracy(student, tokenizer, data[split]) for split in splits}
-        figures = purifier.figures()
     run.log(args.steps, **accuracy)
     model.save(student, tokenizer, run.folder / "student")
     return run.finish(purifier, accuracy, figures, seconds)
