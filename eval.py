@@ -9,8 +9,8 @@
     python eval.py --ood                      # purifiers used on tasks that they never saw
     python eval.py --fit-curve                # the router fitted on fewer questions
 
-A table starts train.py as a user would, once for each row and seed, and keeps what is done. It writes
-out/NAME.md and out/NAME.json. Points are paired by seed, with the 95 % interval of their mean.
+A table starts train.py as a user would, once for each row and seed, and keeps what is done. It
+writes out/NAME.md and out/NAME.json. Points are paired by seed, with the 95 % interval of their mean.
 """
 
 import argparse
@@ -262,10 +262,10 @@ def spread(values):
 
 def t95(n):
     """Return the 97.5 % quantile of Student's t for n values (n - 1 degrees of freedom)."""
-    small = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447}
-    if n in small:
-        return small[n]
-    z = 1.959964  # Cornish and Fisher's expansion: right to 0.003 from n = 8 on
+    small = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)  # n = 2 to 10
+    if n <= 10:
+        return small[n - 2]
+    z = 1.959964  # Cornish and Fisher's expansion: right to 0.003
     f = n - 1
     return z + (z**3 + z) / (4 * f) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * f**2)
 
