@@ -131,7 +131,7 @@ def look(args):
         text = explanation(student, tokenizer, q, settings.max_new_tokens)
         print_rationale("student explains", text, q)
     print("-" * 100)
-    print("+ concludes on the right answer   - on another   => what the purifier gave to the student")
+    print("+ concludes on the right answer   - on another   => what the purifier gave")
 
 
 def explanation(student, tokenizer, q, max_new_tokens):
@@ -281,9 +281,14 @@ def difference(a, b):
     return f"{text} ± {t95(len(gaps)) * deviation(gaps) / len(gaps) ** 0.5:.1f}"
 
 
-def tokens(result, *kinds):
-    """Return the tokens of these kinds (read, wrote) in a run's ledger."""
-    return sum(n for kind, n in result["ledger"].items() if kind.endswith(kinds))
+def costs(run):
+    """Return tokens in thousands (teachers wrote, all read, student trained on) and training seconds."""
+    wrote = 0
+    read = 0
+    for kind, n in run["ledger"].items():
+        wrote += n * kind.endswith("wrote")
+        read += n * kind.endswith("read")
+    return wrote / 1000, read / 1000, run["student_tokens"] / 1000, run["seconds"]["train"]
 
 
 def publish(args, name, header, lines, content):
@@ -315,20 +320,18 @@ def measure(args):
         for split in ("accuracy", "ood"):
             for task in first[split]:
                 cells.append(spread([run[split][task] for run in runs]))
-        wrote = [tokens(run, "wrote") for run in runs]
-        read = [tokens(run, "read") for run in runs]
-        learnt = [run["student_tokens"] for run in runs]
-        for counts in (wrote, read, learnt):
-            cells.append(f"{statistics.mean(counts) / 1000:,.0f}")
-        cells.append(f"{statistics.mean([run['seconds']['train'] for run in runs]):.0f}")
+        for column in zip(*map(costs, runs)):
+            cells.append(f"{statistics.mean(column):,.0f}")
         lines.append(cells)
     publish(args, name, header, lines, results)
 
     if against:
         lines = []
         for label, runs in results.items():
-            cells = [difference(runs, results[other]) if label != other else "" for other in against]
-            lines.append([label, *cells])
+            cells = [label]
+            for other in against:
+                cells.append(difference(runs, results[other]) if label != other else "")
+            lines.append(cells)
         publish(args, f"{name}-differences", ["points above", *against], lines, lines)
     if name == "conflict":
         lines = []
@@ -403,8 +406,7 @@ def plot(args, results, by_teachers):
         if by_teachers:
             x = len(runs[0]["teachers"])
         else:
-            counts = [tokens(run, "wrote", "read") + run["student_tokens"] for run in runs]
-            x = statistics.mean(counts) / 1e6
+            x = statistics.mean(sum(costs(run)[:3]) for run in runs) / 1000
         axes.errorbar(x, y, deviation(shares), fmt="o", color="black", capsize=3)
         axes.annotate(label, (x, y), xytext=(6, 3), textcoords="offset points", fontsize=7)
     axes.set_xlabel("teachers" if by_teachers else "tokens read, written and trained on (millions)")

@@ -646,8 +646,12 @@ class Judge:
         new = [pair for pair in dict.fromkeys(pairs) if pair not in self.known]
         if new:
             lm, tokenizer = self.open_lm()
-            prompts = [score_prompt(q, rationale=r) for q, r in new]
-            logps = choice_logps(lm, tokenizer, prompts, [[q.right] for q, _ in new])
+            prompts = []
+            answers = []
+            for q, r in new:
+                prompts.append(score_prompt(q, rationale=r))
+                answers.append([q.right])
+            logps = choice_logps(lm, tokenizer, prompts, answers)
             for pair, prompt, own in zip(new, prompts, logps):
                 n_tokens = len(tokenizer.encode(pair[0].right, add_special_tokens=False).ids)
                 self.known[pair] = own[0] / n_tokens

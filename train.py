@@ -189,7 +189,7 @@ def train(args):
         if run.saves(step):
             run.save(step + 1, student, optimizer, purifier, seconds)
 
-    # Evaluate, and write what the run leaves behind. All ranks ask the teachers, rank 0 does the rest.
+    # Evaluate, and write what the run leaves behind. All ranks ask teachers, rank 0 does the rest.
     with seconds("evaluate"):
         figures = purifier.figures()
         if ranks.rank != 0:
