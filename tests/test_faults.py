@@ -47,7 +47,7 @@ def given(world, folder, *arguments):
 def finish(*arguments, **options):
     """Return (exit code, what it wrote to stderr) of a run that goes on to its end."""
     process = start(*arguments, **options)
-    _, error = process.communicate(timeout=120)
+    _, error = process.communicate(timeout=300)
     return process.returncode, error
 
 
@@ -114,7 +114,7 @@ def a_signal_saves_and_says_how_to_go_on(world, folder, number, expected_code):
         assert process.poll() is None, process.stderr.read()
         time.sleep(0.05)
     process.send_signal(number)
-    _, error = process.communicate(timeout=60)
+    _, error = process.communicate(timeout=300)
     assert process.returncode == expected_code
     assert "--resume" in error.strip().splitlines()[-1] and "Traceback" not in error
     assert read_lines(metrics)[-1]["step"] < 399
@@ -148,7 +148,7 @@ def two_runs_share_a_cache_but_not_a_folder(world, folder):
     b = start(*given(world, folder, "--purifier", "none", "--out", folder / "run-b"))
     c = start(*given(world, folder, "--purifier", "random", *long, "--out", folder / "run-c"))
     for process in (a, b):
-        assert process.communicate(timeout=120) and process.returncode == 0
+        assert process.communicate(timeout=300) and process.returncode == 0
     weights = "student/model.safetensors"
     assert (folder / "run" / weights).read_bytes() == (folder / "run-b" / weights).read_bytes()
     code, error = finish(*given(world, folder, "--out", folder / "run-c", "--overwrite"))
@@ -165,7 +165,7 @@ sys.path.insert(0, {root!r})
 from data.micro import prepare
 
 prepare.HERE = pathlib.Path({here!r})
-prepare.SIZES = dict(train=8, valid=4, test=4)
+prepare.SIZES = dict(train=4, valid=2, test=2)
 prepare.TEACHERS = {{name: recipe._replace(steps=8) for name, recipe in prepare.TEACHERS.items()}}
 if __name__ == "__main__":
     {command}
@@ -194,7 +194,7 @@ def a_killed_preparation_of_the_micro_world_goes_on(world, folder):
             time.sleep(2.5 + 2 * i)
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
-        subprocess.run([sys.executable, str(script)], check=True, capture_output=True, timeout=100)
+        subprocess.run([sys.executable, str(script)], check=True, capture_output=True, timeout=300)
         (micro_world,) = (folder / name / "data" / "micro").glob("world-3-*")
         files = {}
         for path in micro_world.rglob("*"):
@@ -211,7 +211,8 @@ def a_first_torchrun_makes_the_micro_world(world, folder):
     """
     script = small_micro_world(folder, "import train; train.main(train.parse_args(sys.argv[1:]))")
     where = ["--cache", folder / "cache", "--out", folder / "run"]
-    process = torchrun(script, "--world", "3", "--purifier", "rl", *SHORT, *where, timeout=100)
+    how = ["--world", "3", "--purifier", "rl", *SHORT, "--steps", "5", "--eval-every", "100"]
+    process = torchrun(script, *how, *where, timeout=300)
     assert process.returncode == 0, process.stderr
     (micro_world,) = (folder / "data" / "micro").glob("world-3-*")
     assert (micro_world / "report.json").exists()

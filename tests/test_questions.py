@@ -312,7 +312,7 @@ def test_a_folder_without_data_sets_is_named(tmp_path):
         prepare(tmp_path, tmp_path / "out")
     arguments = [str(tmp_path / "nowhere"), "--out", str(tmp_path / "out")]
     command = [sys.executable, "-m", "data.tinyllm.prepare", *arguments]
-    process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert process.returncode == 2
     (line,) = process.stderr.strip().splitlines()
     assert line.startswith("error: ") and str(tmp_path / "nowhere") in line

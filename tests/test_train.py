@@ -354,7 +354,7 @@ def test_two_ranks_gather_in_order_and_print_a_finished_run_once(world, teacher_
     (tmp_path / "gather.py").write_text(GATHER.format(root=str(ROOT)))
     where = ["--cache", tmp_path / "cache", "--out", tmp_path / "run", "--resume"]
     arguments = [*on(world, teacher_folders), *SHORT, "--purifier", "random", *where]
-    process = torchrun(tmp_path / "gather.py", *arguments, timeout=60)
+    process = torchrun(tmp_path / "gather.py", *arguments, timeout=300)
     assert process.returncode == 0, process.stderr
     assert process.stdout.count("gathered in order") == 2
     assert process.stdout.count("test accuracy") == process.stdout.count("saved in") == 1
@@ -362,7 +362,7 @@ def test_two_ranks_gather_in_order_and_print_a_finished_run_once(world, teacher_
 
 def test_a_failing_rank_ends_the_run_with_one_line(world, teacher_folders, tmp_path):
     how = [*SHORT, "--out", tmp_path / "run", "--purifier", "magic"]
-    process = torchrun(ROOT / "train.py", *on(world, teacher_folders), *how, timeout=100)
+    process = torchrun(ROOT / "train.py", *on(world, teacher_folders), *how, timeout=300)
     assert process.returncode != 0
     assert "error: --purifier magic: unknown" in process.stderr
     assert not (tmp_path / "run").exists()
@@ -453,7 +453,7 @@ def test_texts_without_scores_are_judged_by_the_scorer(world, teacher_folders, t
 
 
 def command(*arguments, cwd=ROOT):
-    return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, cwd=cwd, timeout=120)
+    return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, cwd=cwd, timeout=300)
 
 
 def bad_arguments(world, teacher_folders, tmp_path, arguments):
