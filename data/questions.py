@@ -30,9 +30,11 @@ def read_data(folder):
     Raise BadInput with file, line and mend for what is no question.
     """
     folder = Path(folder)
-    require(folder.is_dir(), f"{folder}: no such folder; give one with train.jsonl, valid.jsonl and test.jsonl")
+    why = "no such folder; give one with train.jsonl, valid.jsonl and test.jsonl"
+    require(folder.is_dir(), f"{folder}: {why}")
     if not (folder / "train.jsonl").exists() and list(folder.glob("*_train.json")):
-        raise BadInput(f"{folder}: has TinyLLM's layout; convert it with python -m data.tinyllm.prepare {folder} --out DIR")
+        command = f"python -m data.tinyllm.prepare {folder} --out DIR"
+        raise BadInput(f"{folder}: has TinyLLM's layout; convert it with {command}")
     files = {split: folder / f"{split}.jsonl" for split in ("train", "valid", "test")}
     for file in sorted(folder.glob("ood/*.jsonl")):
         files[f"ood/{file.stem}"] = file
@@ -55,11 +57,12 @@ def read_questions(file, split="", taken=None):
         row = row if isinstance(row, dict) else {}
         text = row.get("text", row.get("question"))
         choices = row.get("choices")
-        require(isinstance(text, str) and text.strip(), f"{place}: no question; each needs text, choices and answer")
+        why = "no question; each needs text, choices and answer"
+        require(isinstance(text, str) and text.strip(), f"{place}: {why}")
         require(are_choices(choices), f"{place}: choices must be a list of 2 to 10 texts")
         answer = answer_index(row.get("answer"), choices)
-        why = f"{place}: the answer {row.get('answer')!r} is not among the {len(choices)} choices; give its text or index"
-        require(answer is not None, why)
+        why = f"is not among the {len(choices)} choices; give its text or index"
+        require(answer is not None, f"{place}: the answer {row.get('answer')!r} {why}")
         task = str(row.get("task", Path(file).resolve().parent.name))
         name = str(row.get("id", len(questions)))
         if name in taken and split:
@@ -90,8 +93,10 @@ def read_rationales(file, data, needed, max_words):
         name = str(row.get("id"))
         text = row.get("rationale")
         score = row.get("score")
-        require(name in known, f"{place}: no question has the id {name!r:.80}; take the ids of train.jsonl")
-        require(name not in rationales, f"{place}: a second rationale for question {name}; delete one")
+        why = f"no question has the id {name!r:.80}; take the ids of train.jsonl"
+        require(name in known, f"{place}: {why}")
+        why = f"a second rationale for question {name}; delete one"
+        require(name not in rationales, f"{place}: {why}")
         require(isinstance(text, str), f"{place}: a rationale must be a text")
         rationales[name] = re.match(rf"(\S+\s*){{0,{max_words}}}", text.strip())[0].strip()
         if score is not None:
@@ -100,8 +105,10 @@ def read_rationales(file, data, needed, max_words):
             scores[name] = float(score)
     for split in needed:
         missing = [q.id for q in data[split] if q.id not in rationales]
-        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-        require(not missing, f"{file}: no rationale for question {missing[:1]} of {split}{more}; add a line")
+        if missing:
+            more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+            why = f"no rationale for question {missing[0]!r} of {split}{more}; add a line"
+            raise BadInput(f"{file}: {why}")
     return rationales, scores
 
 

@@ -15,15 +15,18 @@ published figures. REPO may also be the folder of one data set.
 import argparse
 import json
 import re
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from tqdm import tqdm
 
 import model
 from data.questions import read_questions
-from model import BadInput, require
+from model import require
 
-TEST_SIZES = {"obqa": 500, "arc": 1165, "riddle": 510, "pubmedqa": 400, "piqa": 919, "bioasq": 123}  # as published
+# How many test questions the published figures are of.
+TEST_SIZES = {"obqa": 500, "arc": 1165, "riddle": 510, "pubmedqa": 400, "piqa": 919, "bioasq": 123}
+AGAIN = "download the repository again"
 
 
 def split_teachers(text):
@@ -42,23 +45,26 @@ def read_texts(folder, n_questions):
     """Return {teacher: a text for each training question}. Raise BadInput where their number
     differs.
     """
-    files = sorted(folder.glob("llm/train_CoT_*.json"), key=lambda file: int(file.stem.rpartition("_")[2]))
-    require(files, f"{folder}: no rationales in llm/train_CoT_0.json; download the repository again")
+    files = list(folder.glob("llm/train_CoT_*.json"))
+    files.sort(key=lambda file: int(file.stem.rpartition("_")[2]))  # 10 comes after 9
+    require(files, f"{folder}: no rationales in llm/train_CoT_0.json; {AGAIN}")
     pairs = []
     for file in files:
         for place, text in model.read_rows(file):
-            require(isinstance(text, str), f"{place}: a rationale must be a text; download the repository again")
+            require(isinstance(text, str), f"{place}: a rationale must be a text; {AGAIN}")
             pairs.append(split_teachers(text))
     n = len(pairs)
-    require(n == n_questions, f"{files[-1]}: {n} rationales up to here for {n_questions} questions; download it again")
+    why = f"{n} rationales up to here for {n_questions} questions; {AGAIN}"
+    require(n == n_questions, f"{files[-1]}: {why}")
     flan, llama = zip(*pairs)
     texts = {"flan-t5-xl": flan, "llama-2": llama}
-    return {name: own for name, own in texts.items() if any(own)}  # nobody recorded LLaMA-2's for piqa
+    return {name: own for name, own in texts.items() if any(own)}  # piqa has none of LLaMA-2
 
 
 def write_lines(file, rows):
+    lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
     with model.atomic(file) as temporary:
-        temporary.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+        temporary.write_text("".join(lines), encoding="utf-8")
 
 
 def convert(folder, out):
@@ -73,10 +79,11 @@ def convert(folder, out):
     texts = read_texts(folder, len(splits["train"]))
     n = len(splits["test"])
     expected = TEST_SIZES.get(name, n)
-    require(n == expected, f"{folder}: {n} test questions, the published figures are of {expected}; download it again")
+    why = f"{n} test questions, the published figures are of {expected}; {AGAIN}"
+    require(n == expected, f"{folder}: {why}")
 
     for split, questions in splits.items():
-        rows = [dict(id=q.id, task=name, text=q.text, choices=q.choices, answer=q.answer) for q in questions]
+        rows = [asdict(replace(q, task=name)) for q in questions]
         write_lines(out / f"{split}.jsonl", rows)
     for teacher, own in texts.items():
         rows = [dict(id=q.id, rationale=text) for q, text in zip(splits["train"], own)]
@@ -88,20 +95,24 @@ def convert(folder, out):
 def prepare(repo, out):
     """Convert every data set of the checkout that is there. Return {name: counts}."""
     repo = Path(repo)
-    found = sorted(file.parent for file in [*repo.glob("datasets/*/*_train.json"), *repo.glob("*_train.json")])
-    if not found:
-        raise BadInput(f"{repo}: no datasets/NAME/NAME_train.json; give a checkout of YikunHan42/TinyLLM, or one of its data sets")
-    return {folder.name: convert(folder, Path(out) / folder.name) for folder in tqdm(found, "convert", leave=False)}
+    files = [*repo.glob("datasets/*/*_train.json"), *repo.glob("*_train.json")]
+    why = "no datasets/NAME/NAME_train.json; give a checkout of YikunHan42/TinyLLM, or one data set of it"
+    require(files, f"{repo}: {why}")
+    report = {}
+    for file in tqdm(sorted(files), "convert", leave=False):
+        name = file.parent.name
+        report[name] = convert(file.parent, Path(out) / name)
+    return report
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("repo", help="the checkout, or the folder of one data set")
-    parser.add_argument("--out", default="data/paper", help="where DIR/NAME/ are written (default: data/paper)")
+    parser.add_argument("--out", default="data/paper", help="DIR of DIR/NAME/ (default: data/paper)")
     args = parser.parse_args()
     for name, counts in prepare(args.repo, args.out).items():
-        teachers = ", ".join(counts["teachers"])
-        print(f"{name:<10} {counts['train']:>6} train {counts['valid']:>5} valid {counts['test']:>5} test   {teachers}")
+        sizes = [f"{counts[split]:>6} {split}" for split in ("train", "valid", "test")]
+        print(f"{name:<10}{''.join(sizes)}   {', '.join(counts['teachers'])}")
 
 
 if __name__ == "__main__":
