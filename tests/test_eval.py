@@ -38,7 +38,7 @@ def test_differences_are_paired_by_seed():
 def test_compare_runs_what_is_missing_and_nothing_twice(world, teacher_folders, tmp_path, monkeypatch, capsys):
     texts = ["--purifier random --lam 2", "--purifier answers"]
     common = f" --shots 0 --batch-size 2 --max-new-tokens 8 --cache {tmp_path / 'cache'}"
-    arguments = ["--compare", *(text + common for text in texts), "--steps", "4", "--seeds", "2", "--out", str(tmp_path)]
+    arguments = ["--compare", *(text + common for text in texts), "--steps", "4", "--seeds", "2", "--jobs", "2", "--out", str(tmp_path)]
     arguments += ["--data", str(world), "--teachers", *map(str, teacher_folders[:2])]
     evaluation.main(evaluation.parse_args(arguments))
     table = json.loads((tmp_path / "compare.json").read_text())
