@@ -133,7 +133,7 @@ class TokenCache:
         self.known = {}
 
     def encode(self, texts):
-        new = list(set(texts) - self.known.keys())
+        new = list({text for text in texts if text not in self.known})
         self.known.update(zip(new, model.encode(self.tokenizer, new)))
         return [self.known[text] for text in texts]
 
