@@ -131,7 +131,7 @@ def look(args):
         text = explanation(student, tokenizer, q, settings.max_new_tokens)
         print_rationale("student explains", text, q)
     print("-" * 100)
-    print("+ concludes on the right answer   - on another   => what the purifier gave")
+    print("+ concludes on the right answer   - on another or none   => what the purifier gave")
 
 
 def explanation(student, tokenizer, q, max_new_tokens):
@@ -168,6 +168,8 @@ def rows_of(args):
         return {text: text for text in args.compare}, args.compare[:1]
     purifiers = [name for name in PURIFIERS if name != "single"]
     teachers = args.teachers or list(prepare.TEACHERS)
+    if args.data and not args.teachers:
+        teachers = list(map(str, sorted(Path(args.data).glob("rationales/*.jsonl"))))
     rows = {}
     if args.table == "table":  # the paper's main table: every purifier and control
         for name in purifiers:
@@ -244,7 +246,7 @@ def start(command, jobs):
     python = [sys.executable, script, *command]
     done = subprocess.run(python, env=environment, capture_output=True, text=True)
     if done.returncode != 0:
-        last = done.stderr.strip().splitlines()[-1]
+        last = (done.stderr.strip() or f"exit code {done.returncode}").splitlines()[-1]
         raise BadInput(f"train.py {shlex.join(command)} failed: {last}")
 
 

@@ -268,7 +268,7 @@ class Aggregation(Purifier):
         return [[purified[q]] for q in questions]
 
     def prompt(self, q, rationales):
-        """Ask as the T5 teacher is asked, with the others' rationales before it."""
+        """Ask as the T5 teacher is asked, with all teachers' rationales before it."""
         listed = [f"({chr(ord('a') + m)}) {text}" for m, text in enumerate(rationales)]
         return " ".join(listed) + " " + kp.rationale_prompt(q)
 
