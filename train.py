@@ -444,6 +444,8 @@ class Run:
                     print(f"stopped after step {step + 1} and saved; {again}", file=sys.stderr)
                 number = self.signals[0] if self.signals else signal.SIGTERM
                 sys.exit(128 + number)
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # the last evaluation may be stopped
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
     def evaluates(self, step):
         """Tell whether rank 0 looks at valid after this step."""
