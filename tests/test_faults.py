@@ -235,12 +235,16 @@ NAMES = ["-".join([test.__name__, *map(str, rest)]) for test, *rest in SLOW]
 
 
 @pytest.fixture(scope="module")
-def results(world, tmp_path_factory):
-    """Run all of SLOW, two at a time, because they mostly wait for a process to start."""
+def results(request, world, tmp_path_factory):
+    """Run those of SLOW that are asked for, two at a time: they mostly wait for a process to start."""
+    pending = {}
     with ThreadPoolExecutor(2) as pool:
-        pending = []
-        for test, *rest in SLOW:
-            pending.append(pool.submit(test, world, tmp_path_factory.mktemp(test.__name__), *rest))
+        for item in request.session.items:
+            if item.originalname == "test_that":
+                number = item.callspec.params["number"]
+                test, *rest = SLOW[number]
+                folder = tmp_path_factory.mktemp(test.__name__)
+                pending[number] = pool.submit(test, world, folder, *rest)
         yield pending
 
 
