@@ -105,17 +105,20 @@ def chat_format(folder, tokenizer):
 
 
 def conclusion(rationale, choices):
-    """Return the index of the choice that a rationale ends on ("... the answer is X"), or None.
+    """Return the index of the choice that a rationale concludes on ("... the answer is X"), or
+    None.
 
-    X is a choice's text or its letter in brackets. Where one choice begins like another, the
-    longer one counts.
+    X is the text of a choice, perhaps with an article, or its letter as "(b)" or "b". Words are
+    whole, so "not clear" is no "no". Where several choices fit, the longest one counts.
     """
-    tail = re.split(r"answer is:?", rationale, flags=re.IGNORECASE)[-1]
-    tail = tail.strip(" .\"'").lower()
-    letter = re.match(rf"\(?([{LETTERS[: len(choices)]}])\)", tail)
-    if letter:
-        return LETTERS.index(letter[1])
-    named = [i for i, choice in enumerate(choices) if tail.startswith(choice.lower())]
+    said = re.split(r"answer is:?", rationale, flags=re.IGNORECASE)
+    tail = said[-1].strip(" .\"'").lower()
+    named = []
+    for i, choice in enumerate(choices):
+        letter = LETTERS[i]
+        words = [re.escape(choice.lower()), rf"\({letter}\)", rf"{letter}\W*$"]
+        if len(said) > 1 and re.match(rf"(an? |the )?({'|'.join(words)})(?!\w)", tail):
+            named.append(i)
     return max(named, key=lambda i: len(choices[i]), default=None)
 
 

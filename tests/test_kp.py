@@ -31,10 +31,21 @@ from model import BadInput
         ("The answer is (e)", None),
         ("It swims.", None),
         ("So the answer is shark.", None),
+        ("So the answer is an oak.", 0),
+        ("The answer is b.", 1),
+        ("Oak trees are old.", None),  # begins with a choice, and concludes on nothing
+        ("the answer is oaky", None),
     ],
 )
 def test_conclusion(text, index):
     assert kp.conclusion(text, ("oak", "trout", "oak moss")) == index
+
+
+def test_a_conclusion_is_whole_words():
+    assert kp.conclusion("The answer is not clear.", ("yes", "no")) is None
+    assert kp.conclusion("Nobody knows.", ("yes", "no")) is None
+    assert kp.conclusion("So the answer is no.", ("yes", "no")) == 1
+    assert kp.conclusion("the answer is c++ (fast)", ("c", "c++")) == 1
 
 
 # ------------------------------------------------------------------------------------------- dual loss
