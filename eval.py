@@ -24,6 +24,7 @@ def parse_args(argv=None):
     add = parser.add_argument_group("one student").add_argument
     add("run", nargs="?", help="a run's folder (out/RUN) or a checkpoint folder")
     add("--show", type=int, metavar="N", help="look at N training questions closely")
+    add("--per-token", action="store_true", help="compare choices by log-probability per token")
     add("--device", help="cpu or cuda (default: cuda if there is one)")
 
     add = parser.add_argument_group("many runs: which").add_argument
@@ -94,14 +95,28 @@ def open_student(args):
 
 
 def evaluate(args):
-    """Return {split: {task: accuracy, ..., "mean"}} of a student on test and ood/test."""
+    """Return {measure: {task: share, ..., "mean"}} of a student on test and ood/test: train.measure,
+    and TinyLLM's accuracy, the share of answers that it generates word by word.
+    """
     settings, student, tokenizer = open_student(args)
     folder = args.data
     if folder is None and settings:
         folder = settings.data
-    data = read_data(folder or prepare.prepare(settings.world if settings else 0))
-    splits = [split for split in ("test", "ood/test") if split in data]
-    return {split: kp.accuracy(student, tokenizer, data[split]) for split in splits}
+    how = settings or train.parse_args([])
+    data = read_data(folder or prepare.prepare(how.world, how.well_read))
+    how.per_token |= args.per_token
+    n_prefixes = 0
+    if how.teacher_prefixes:
+        n_prefixes = len(model.read_json(Path(args.run) / "result.json")["teachers"])
+    prefixes = kp.explain_prefixes(n_prefixes)
+    shares = {}
+    for split, label in (("test", ""), ("ood/test", "out of domain: ")):
+        questions = data.get(split, [])
+        if questions:
+            for name, share in train.measure(how, student, tokenizer, questions, prefixes).items():
+                shares[label + name.replace("_", " ")] = share
+            shares[label + "exact match"] = kp.exact_match(student, tokenizer, questions)
+    return shares
 
 
 def look(args):
@@ -124,22 +139,12 @@ def look(args):
             print_rationale(name + chance, teachers.rationales([q], [m])[0], q)
         for text in row["rationales"]:
             print_rationale("=> student learnt", text, q)
-        prompt = kp.predict_prompt(q)
-        logps = kp.choice_logps(student, tokenizer, [prompt], [q.choices], max_length=kp.MAX_LENGTH)
-        guess = kp.likeliest(logps[0])
+        (guess,) = kp.guesses(student, tokenizer, [q], settings.per_token)
         print_line("student answers", q.choices[guess], guess == q.answer)
-        text = explanation(student, tokenizer, q, settings.max_new_tokens)
+        (text,) = kp.explanations(student, tokenizer, [q], settings.max_new_tokens)
         print_rationale("student explains", text, q)
     print("-" * 100)
     print("+ concludes on the right answer   - on another or none   => what the purifier gave")
-
-
-def explanation(student, tokenizer, q, max_new_tokens):
-    """Return the rationale that the student itself writes."""
-    ids, mask = model.pad(kp.TokenCache(tokenizer).prompts([kp.explain_prompt(q)]))
-    device = model.device_of(student)
-    new = student.generate(ids.to(device), mask.to(device), max_new_tokens)
-    return tokenizer.decode(new[0].tolist()).strip()
 
 
 def print_rationale(label, text, q):
@@ -216,7 +221,9 @@ def run_all(args, rows):
             if not (same and (folder / "result.json").exists()):
                 commands.append([*command, "--resume" if same else "--overwrite"])
     if not args.data:
-        prepare.prepare(args.world or 0)  # once, not in every run
+        for arguments in rows.values():  # once, not in every run
+            how = train.parse_args([*common, *shlex.split(arguments)])
+            prepare.prepare(how.world, how.well_read)
     with ThreadPoolExecutor(args.jobs) as pool:
         done = pool.map(start, commands, [args.jobs] * len(commands))
         list(tqdm(done, "runs", len(commands), unit="run"))
@@ -434,7 +441,7 @@ def main(args):
         if args.show:
             look(args)
         else:
-            train.print_accuracies(evaluate(args))
+            train.print_shares(evaluate(args))
 
 
 if __name__ == "__main__":

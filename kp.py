@@ -41,6 +41,7 @@ class Question:
     text: str
     choices: tuple
     answer: int  # index into choices
+    truth: str = ""  # the true rationale, where it is known: to measure with, never to train on
 
     @property
     def right(self):
@@ -64,26 +65,47 @@ def predict_prompt(q):
     return f"predict: {ask(q)}"
 
 
-def explain_prompt(q):
+def explain_prompt(q, prefix="explain"):
     """Return the student's prompt for a rationale."""
-    return f"explain: {ask(q)}"
+    return f"{prefix}: {ask(q)}"
 
 
-def examples_before(examples):
-    """Return solved examples as they stand before a teacher's question."""
-    return "".join(f"Question: {ask(e)} Answer: {e.right}\n\n" for e in examples)
+def explain_prefixes(n_teachers):
+    """Return the prefix of each teacher's rationales, as TinyLLM publishes it. Of 0: one for all."""
+    return [f"explain {m + 1}" for m in range(n_teachers)] or ["explain"]
 
 
 def score_prompt(q, examples=(), rationale=""):
     """Return the prompt that asks for the answer alone, perhaps in view of a rationale."""
     hint = f" Rationale: {rationale}" if rationale else ""
-    return f"{examples_before(examples)}Question: {ask(q)}{hint} Answer:"
+    return f"{''.join(examples)}Question: {ask(q)}{hint} Answer:"
 
 
 def rationale_prompt(q, examples=(), tell_answer=False):
-    """Return the prompt that asks a teacher to explain, as TinyLLM asks; it may tell the answer."""
+    """Return the prompt that asks a teacher to explain; it may tell the answer, as TinyLLM does.
+
+    It asks for a conclusion, because rl checks it.
+    """
     told = f" The answer is {q.right}." if tell_answer else ""
-    return f"{examples_before(examples)}Question: {ask(q)}{told} Let's think step by step."
+    how = "Think step by step, and end with: the answer is (x)."
+    return f"{''.join(examples)}Question: {ask(q)}{told} {how}"
+
+
+def solved(q):
+    """Return an example to stand before a score_prompt."""
+    return f"{score_prompt(q)} {q.right}\n\n"
+
+
+def explained(q, rationale):
+    """Return an example to stand before a rationale_prompt."""
+    return f"{rationale_prompt(q)} {rationale}\n\n"
+
+
+def aggregation_prompt(q, rationales):
+    """Return the prompt that asks for one rationale of M. They have numbers, the choices letters."""
+    listed = [f"Rationale {m}: {text}" for m, text in enumerate(rationales, 1)]
+    told = "Merge these rationales into one that is right, and end with: the answer is (x)."
+    return f"Question: {ask(q)} {' '.join(listed)} {told}"
 
 
 def chat_format(folder, tokenizer):
@@ -174,14 +196,14 @@ class DualLoss:
     padded: int  # the same with padding
 
 
-def dual_loss(student, token_cache, questions, rationales, lam, alpha=None):
+def dual_loss(student, token_cache, questions, rationales, lam, alpha=None, prefixes=("explain",)):
     """Return the loss of a batch, L_PR + lambda * L_DL(r_P), as a DualLoss.
 
     questions: B of them. rationales: B lists of texts, none, one or M each. With M of them it is
     TinyLLM's L_PR + sum_m alpha_m L_DL(r_m) (2402.04616, eq. 4). alpha: every alpha_m; by default
     lambda / M, so that rationales weigh the same however many there are. An empty rationale
-    weighs nothing. Each task has a pass of its own: one pass for both would pad answers to the
-    length of rationales.
+    weighs nothing. prefixes: of the M rationales of a question, in turn. Each task has a pass of
+    its own: one pass for both would pad answers to the length of rationales.
     """
     # L_PR: the answer, given "predict: q"
     predict = token_cache.prompts(map(predict_prompt, questions))
@@ -193,8 +215,8 @@ def dual_loss(student, token_cache, questions, rationales, lam, alpha=None):
     texts = []
     alphas = []
     for q, own in zip(questions, rationales):
-        for text in own:
-            prompts.append(explain_prompt(q))
+        for m, text in enumerate(own):
+            prompts.append(explain_prompt(q, prefixes[m % len(prefixes)]))
             texts.append(text)
             weight = lam / len(own) if alpha is None else alpha
             alphas.append(weight if text else 0.0)
@@ -267,20 +289,23 @@ def choice_ids(lm, tokenizer, prompt, n_prompt, choices):
 
 @torch.no_grad()
 def choice_logps(lm, tokenizer, prompts, choices, batch_size=64, max_length=math.inf):
-    """Return log p(choice | prompt) in nats, summed over the choice's tokens: a list of N lists.
+    """Return log p(choice | prompt) in nats, summed over the choice's tokens, and how many tokens
+    each choice has: two lists of N lists.
 
     prompts: N texts. choices: N lists of texts. Each prompt is read once, not once for every
     choice.
     """
     device = model.device_of(lm)
     prompt_ids = TokenCache(tokenizer, max_length).prompts(prompts)
-    results = [None] * len(prompts)
+    sums = [None] * len(prompts)
+    lengths = [None] * len(prompts)
     batches = model.by_length(prompt_ids, batch_size)
     for rows in progress(batches, "score"):
         tails = []
         for row in rows:
             n_prompt = len(prompt_ids[row])
             tails.append(choice_ids(lm, tokenizer, prompts[row], n_prompt, choices[row]))
+            lengths[row] = list(map(len, tails[-1]))
         counts = list(map(len, tails))
         tokens, is_token = model.pad(sum(tails, []))  # (C, T): the choices of all these prompts
         tokens = tokens.to(device)
@@ -296,26 +321,85 @@ def choice_logps(lm, tokenizer, prompts, choices, batch_size=64, max_length=math
         logps = -F.cross_entropy(logits.float().transpose(1, 2), tokens, reduction="none")  # (C, T)
         logps = (logps * is_token.to(device)).sum(1).cpu()
         for row, own in zip(rows, logps.split(counts)):
-            results[row] = own.tolist()
-    return results
+            sums[row] = own.tolist()
+    return sums, lengths
 
 
-def likeliest(logps):
-    """Return the index of the largest, the first one of equals."""
-    return logps.index(max(logps))
+def weigh_choices(sums, lengths, per_token):
+    """Return one question's log-probabilities as choices are compared: in sum, or per token.
+
+    The sum is the probability of the choice as a text, what the student is trained for: so it is
+    the default. It favours short choices; per token long ones have no handicap.
+    """
+    return [s / n for s, n in zip(sums, lengths)] if per_token else sums
 
 
-def accuracy(student, tokenizer, questions):
-    """Return {task: share of questions whose right choice is the likeliest, "mean": over tasks}."""
+def write(lm, tokenizer, prompts, max_new_tokens):
+    """Return what the LM writes, greedily, for a batch of prompts (lists of ids): a list of
+    (text, its tokens).
+    """
+    ids, mask = model.pad(prompts)
+    device = model.device_of(lm)
+    new = lm.generate(ids.to(device), mask.to(device), max_new_tokens)
+    written = []
+    for row in new.tolist():
+        row = model.until_end(row, lm.config["eos_token_id"])
+        written.append((tokenizer.decode(row).strip(), len(row)))
+    return written
+
+
+def guesses(student, tokenizer, questions, per_token=False):
+    """Return the index of the choice that the student finds likeliest, for each question."""
     student.eval()
     prompts = list(map(predict_prompt, questions))
     choices = [q.choices for q in questions]
-    logps = choice_logps(student, tokenizer, prompts, choices, max_length=MAX_LENGTH)
-    right = {}
-    for q, own in zip(questions, logps):
-        right.setdefault(q.task, []).append(likeliest(own) == q.answer)
-    shares = {task: sum(each) / len(each) for task, each in right.items()}
-    return {**shares, "mean": sum(shares.values()) / len(shares)}
+    scored = choice_logps(student, tokenizer, prompts, choices, max_length=MAX_LENGTH)
+    picks = []
+    for sums, lengths in zip(*scored):
+        logps = weigh_choices(sums, lengths, per_token)
+        picks.append(logps.index(max(logps)))  # the first one of equals
+    return picks
+
+
+def accuracy(student, tokenizer, questions, per_token=False):
+    """Return {task: share of questions that the student answers rightly, "mean": over tasks}."""
+    picks = guesses(student, tokenizer, questions, per_token)
+    return by_task(questions, [pick == q.answer for q, pick in zip(questions, picks)])
+
+
+def say(student, tokenizer, prompts, max_new_tokens):
+    """Return what the student writes for N prompts, given as texts: N texts."""
+    student.eval()
+    ids = TokenCache(tokenizer).prompts(prompts)
+    texts = [None] * len(ids)
+    for rows in progress(model.by_length(ids, 128), "student writes"):
+        written = write(student, tokenizer, [ids[row] for row in rows], max_new_tokens)
+        for row, (text, _) in zip(rows, written):
+            texts[row] = text
+    return texts
+
+
+def explanations(student, tokenizer, questions, max_new_tokens, prefix="explain"):
+    """Return the student's own rationale of each question."""
+    prompts = [explain_prompt(q, prefix) for q in questions]
+    return say(student, tokenizer, prompts, max_new_tokens)
+
+
+def exact_match(student, tokenizer, questions, max_new_tokens=64):
+    """Return {task: share of questions to which the student says the right choice, word by word},
+    and the mean over tasks: the accuracy that TinyLLM reports.
+    """
+    texts = say(student, tokenizer, map(predict_prompt, questions), max_new_tokens)
+    return by_task(questions, [text == q.right for text, q in zip(texts, questions)])
+
+
+def by_task(questions, marks):
+    """Return the share of marks that are True: {task: share, "mean": over tasks}; {} of none."""
+    of_task = {}
+    for q, mark in zip(questions, marks):
+        of_task.setdefault(q.task, []).append(mark)
+    shares = {task: sum(each) / len(each) for task, each in of_task.items()}
+    return {**shares, "mean": sum(shares.values()) / len(shares)} if shares else {}
 
 
 # ----------------------------------------------------------------------------------------- teachers
@@ -385,12 +469,16 @@ class Asking:
     shots: int = 0  # examples in the prompt, of the question's own task
     max_new_tokens: int = 64
     tell_answer: bool = False  # TinyLLM's teacher forcing; without it a conclusion can be checked
+    per_token: bool = False  # choices are compared by log-probability per token
     batch_size: int = 128
     seed: int = 0  # draws the examples
 
 
 ONE_PROCESS = SimpleNamespace(rank=0, count=1, wait=lambda: None)  # train.Ranks without torchrun
-FORMAT = 1  # of the cache's records; another is refused, not misread
+FORMAT = 2  # of the cache's records; another is refused, not misread
+
+
+TRIED = 16  # training questions of a task, among which a teacher finds its examples
 
 
 class CheckpointTeacher:
@@ -411,6 +499,10 @@ class CheckpointTeacher:
         self.name = self.folder.name
         self.asking = asking
         self.examples = examples
+        self.solved = {}  # {task: [(question, example)]} for scores
+        self.worked = {}  # the same for rationales
+        for e in examples:
+            self.solved.setdefault(e.task, []).append((e, solved(e)))
         self.ranks = ranks
         config = model.read_config(self.folder)
         self.kind = config.get("model_type")
@@ -435,30 +527,50 @@ class CheckpointTeacher:
 
     def scores(self, questions, count=True):
         """Return the probability of the right choice among the choices, N floats."""
-        prompts = self.prompts(questions, score_prompt)
+        prompts = self.prompts(questions, score_prompt, self.solved)
         settings = [q.choices for q in questions]
         records = self.look_up("score", questions, prompts, settings, self.score, count)
         scores = []
         for q, record in zip(questions, records):
-            probabilities = torch.tensor(record["logps"]).softmax(0)
+            logps = weigh_choices(record["logps"], record["lengths"], self.asking.per_token)
+            probabilities = torch.tensor(logps).softmax(0)
             scores.append(float(probabilities[q.answer]))
         return scores
 
     def rationales(self, questions):
         """Return N rationales: greedy, and by default written without knowing the answer."""
+        for task in {q.task for q in questions}:
+            self.work_out_examples(task)
+        prompts = self.prompts(questions, self.ask_rationale, self.worked)
+        return self.texts(questions, prompts)
 
-        def prompt(q, examples):
-            return rationale_prompt(q, examples, self.asking.tell_answer)
-
+    def texts(self, questions, prompts):
         settings = [self.asking.max_new_tokens] * len(questions)
-        prompts = self.prompts(questions, prompt)
         records = self.look_up("rationale", questions, prompts, settings, self.write)
         return [record["text"] for record in records]
 
-    def prompts(self, questions, prompt):
+    def ask_rationale(self, q, examples=()):
+        return rationale_prompt(q, examples, self.asking.tell_answer)
+
+    def work_out_examples(self, task):
+        """Fill self.worked with examples of a task: training questions on which this teacher's own
+        rationale, written without examples, concludes on the right answer.
+        """
+        if task in self.worked or not self.asking.shots:
+            return
+        others = [e for e in self.examples if e.task == task]
+        tried = random.Random(self.asking.seed).sample(others, min(TRIED, len(others)))
+        texts = self.texts(tried, [self.frame(self.ask_rationale(e)) for e in tried])
+        right = []
+        for e, text in zip(tried, texts):
+            if conclusion(text, e.choices) == e.answer:
+                right.append((e, explained(e, text)))
+        self.worked[task] = right
+
+    def prompts(self, questions, prompt, examples_of):
         """Return prompt(q, examples) for each question as this teacher wants it.
 
-        Examples come from the question's own task; the seed and the question's id draw them. A
+        examples_of: {task: [(question, example)]}; the seed and the question's id draw from them. A
         prompt that is too long loses examples, never the question. The text of a special token is
         deleted.
         """
@@ -466,7 +578,7 @@ class CheckpointTeacher:
         for q in questions:
             examples = []
             if self.asking.shots:
-                others = [e for e in self.examples if e.task == q.task and e.id != q.id]
+                others = [example for e, example in examples_of.get(q.task, ()) if e.id != q.id]
                 draw = random.Random(f"{self.asking.seed} {q.id}")
                 examples = draw.sample(others, min(self.asking.shots, len(others)))
             text = self.frame(prompt(q, examples))
@@ -531,21 +643,17 @@ class CheckpointTeacher:
         return self.loaded
 
     def score(self, lm, tokenizer, questions, prompts, ids):
-        """Yield {"logps", "read"} for each question of a batch."""
+        """Yield {"logps", "lengths", "read"} for each question of a batch."""
         choices = [q.choices for q in questions]
-        logps = choice_logps(lm, tokenizer, prompts, choices, len(prompts))
-        for own_logps, own_ids, texts in zip(logps, ids, choices):
-            n_choices = sum(map(len, model.encode(tokenizer, texts)))
-            yield {"logps": own_logps, "read": len(own_ids) + n_choices}
+        scored = choice_logps(lm, tokenizer, prompts, choices, len(prompts))
+        for prompt, logps, lengths in zip(ids, *scored):
+            yield {"logps": logps, "lengths": lengths, "read": len(prompt) + sum(lengths)}
 
     def write(self, lm, tokenizer, questions, prompts, ids):
         """Yield {"text", "read", "wrote"} for each question of a batch."""
-        tokens, mask = model.pad(ids)
-        device = self.asking.device
-        new = lm.generate(tokens.to(device), mask.to(device), self.asking.max_new_tokens)
-        for own_ids, row in zip(ids, new.tolist()):
-            row = model.until_end(row, lm.config["eos_token_id"])
-            yield {"text": tokenizer.decode(row).strip(), "read": len(own_ids), "wrote": len(row)}
+        written = write(lm, tokenizer, ids, self.asking.max_new_tokens)
+        for prompt, (text, n) in zip(ids, written):
+            yield {"text": text, "read": len(prompt), "wrote": n}
 
 
 def fingerprint(folder):
@@ -654,11 +762,10 @@ class Judge:
             for q, r in new:
                 prompts.append(score_prompt(q, rationale=r))
                 answers.append([q.right])
-            logps = choice_logps(lm, tokenizer, prompts, answers)
-            for pair, prompt, own in zip(new, prompts, logps):
-                n_tokens = len(tokenizer.encode(pair[0].right, add_special_tokens=False).ids)
-                self.known[pair] = own[0] / n_tokens
-                ledger["score_read"] += len(tokenizer.encode(prompt).ids)
+            scored = choice_logps(lm, tokenizer, prompts, answers)
+            for pair, prompt, sums, lengths in zip(new, prompts, *scored):
+                self.known[pair] = sums[0] / lengths[0]
+                ledger["score_read"] += len(tokenizer.encode(prompt).ids) + lengths[0]
         scores = []
         for q, r in zip(questions, rationales):
             gain = self.known[q, r] - self.known[q, ""]

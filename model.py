@@ -28,7 +28,7 @@ from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from torch import nn
@@ -853,6 +853,16 @@ def state_of(**modules):
     return tensors
 
 
+def read_tensors(file):
+    """Return ({name: tensor}, metadata) of one safetensors file. Raise BadInput where it is none."""
+    try:
+        with safe_open(file, "pt") as opened:
+            tensors = {name: opened.get_tensor(name) for name in opened.keys()}
+            return tensors, opened.metadata() or {}
+    except (SafetensorError, OSError) as error:
+        raise BadInput(f"{file}: not readable as safetensors ({error})") from None
+
+
 def part_of(tensors, name):
     """Return the tensors whose keys begin with "name.", without that prefix."""
     start = f"{name}."
@@ -988,7 +998,7 @@ def one_line_errors():
     except BadInput as error:
         stop(2, f"error: {error}")
     except (OSError, SafetensorError) as error:  # what was written before is whole: see `atomic`
-        stop(2, f"error: {error}; mend that, or make room, and go on with --resume")
+        stop(2, f"error: {error}; mend that, or make room, and start again (train.py: --resume)")
     except KeyboardInterrupt:
         stop(130, "\nstopped; go on with the same command and --resume")
 
@@ -1011,7 +1021,8 @@ LARGE = 2**17  # from this many weights on, oneDNN pays
 def linear(x, weight):
     """x (..., D_in), weight (D_out, D_in) -> x @ weight^T, (..., D_out).
 
-    On a CPU, PyTorch gives float32 products to MKL. On AMD's, oneDNN takes half the time if large.
+    On a CPU, PyTorch gives float32 products to MKL. For large ones oneDNN can be faster: it took half
+    the time on an AMD EPYC (tests/bench.py).
     """
     large = x.is_cpu and x.dtype == weight.dtype == torch.float32 and weight.numel() >= LARGE
     # Autocast and torch.compile pick a product themselves.

@@ -8,6 +8,7 @@ whole and usable alone.
     python train.py --purifier router      # or plackett-luce, classifier, aggregate, rl, none, ...
 """
 
+import json
 import random
 from collections import Counter
 from dataclasses import dataclass, replace
@@ -41,7 +42,8 @@ class Purifier:
         self.fit_on = fit_on  # what a purifier may be fitted on: the in-domain training questions
         self.teachers = teachers  # kp.Teachers
         self.open_lm = open_lm  # path or None -> (LM or sentence encoder, its tokenizer)
-        self.embeddings = {}  # {question: (D,)} so far
+        self.encoder = None  # the sentence encoder and its tokenizer, once something is embedded
+        self.embeddings = {}  # {text: (D,)} so far
         self.ledger = Counter()  # tokens that this purifier spends, besides the teachers'
 
     def fit(self):
@@ -82,6 +84,10 @@ class Purifier:
     def restore(self, state, step):
         """Take them back, after `fit` and before this step."""
 
+    def kept(self):
+        """Return the tensors with which another run can purify as this one, for --router."""
+        return {}
+
     def questions_to_fit_on(self, default=None):
         """Return --fit-questions of the questions that a purifier may be fitted on, drawn by the
         seed (default: all).
@@ -90,13 +96,17 @@ class Purifier:
         return random.Random(self.args.seed).sample(self.fit_on, min(n, len(self.fit_on)))
 
     def embed(self, questions):
-        """Return E(q), (N, D) of unit length, by --encoder. Each question is embedded once."""
-        new = [q for q in dict.fromkeys(questions) if q not in self.embeddings]
+        """Return E(q), (N, D) of unit length, by --encoder."""
+        return self.embed_texts(map(kp.ask, questions))
+
+    def embed_texts(self, texts):
+        """Return E(text), (N, D) of unit length. Each text is embedded once."""
+        texts = list(texts)
+        new = [text for text in dict.fromkeys(texts) if text not in self.embeddings]
         if new:
-            encoder, tokenizer = self.open_lm(self.args.encoder)
-            vectors = model.embed(encoder, tokenizer, map(kp.ask, new))
-            self.embeddings.update(zip(new, vectors))
-        return torch.stack([self.embeddings[q] for q in questions])
+            self.encoder = self.encoder or self.open_lm(self.args.encoder)
+            self.embeddings.update(zip(new, model.embed(*self.encoder, new)))
+        return torch.stack([self.embeddings[text] for text in texts])
 
 
 class Choice(Purifier):
@@ -109,13 +119,13 @@ class Choice(Purifier):
 
     def purify(self, questions):
         probabilities = self.choose(questions)  # (N, M)
-        self.chosen = dict(zip(self.rows, probabilities.tolist()))
+        self.chosen = dict(zip(questions, probabilities.tolist()))
         picks = probabilities.argmax(1)
         texts = self.teachers.rationales(questions, picks.tolist())
         return [[text] for text in texts]
 
     def probabilities(self, row):
-        return self.chosen[row]
+        return self.chosen[self.questions[row]]
 
     def certain(self, picks):
         """Return probabilities (N, M) that are 1 for the picked teachers, (N,)."""
@@ -159,6 +169,20 @@ class RandomTeacher(Choice):
         return self.certain(picks)
 
 
+class TaskTeacher(Choice):
+    """Control: the best-scoring teacher of each task; of a task that was not fitted on, of all."""
+
+    def choose(self, questions):
+        fit = self.questions_to_fit_on()
+        scores = self.teachers.scores(fit)  # (N, M)
+        best = {}
+        for task in {q.task for q in fit}:
+            same = torch.tensor([q.task == task for q in fit])  # (N,)
+            best[task] = scores[same].mean(0).argmax()
+        overall = scores.mean(0).argmax()
+        return self.certain(torch.stack([best.get(q.task, overall) for q in questions]))
+
+
 class Oracle(Choice):
     """Control: the best-scoring teacher of each question. It needs the right answers, so it is no
     method.
@@ -171,55 +195,91 @@ class Oracle(Choice):
 # ----------------------------------------------------------------------- routers choose one teacher
 
 
-class SimilarityRouting(Choice):
-    """The similarity-based router, fitted on the teachers' scores of training questions
-    (--fit-questions of them).
+class Routing(Choice):
+    """A router, fitted on the teachers' scores of training questions (--fit-questions of them), or
+    taken from another run (--router), which needs nobody's scores here.
     """
+
+    def router(self):
+        """Return a new router."""
+
+    def choose(self, questions):
+        if self.args.router:
+            embeddings, scores = self.take_over(Path(self.args.router) / "router.safetensors")
+        else:
+            fit = self.questions_to_fit_on()
+            scores = self.teachers.scores(fit)  # (N, M)
+            self.tune(fit, scores)
+            embeddings = self.embed(fit)  # (N, D)
+        self.fitted_on = dict(embeddings=embeddings, scores=scores.contiguous())
+        return self.router().fit(embeddings, scores).route(self.embed(questions))
+
+    def tune(self, questions, scores):
+        """Train the encoder too, where a method does that."""
+
+    def kept(self):
+        """Return what the router is fitted on: fitting it again takes seconds and gives the same
+        router. The embedding of a known text tells another encoder.
+        """
+        return {**self.fitted_on, "probe": self.embed_texts([PROBE])}
+
+    def take_over(self, file):
+        """Return the embeddings (N, D) and scores (N, M) that another run's router was fitted on."""
+        tensors, metadata = model.read_tensors(file)
+        for name, ours in (("purifier", self.args.purifier), ("teachers", self.teachers.names)):
+            theirs = json.loads(metadata.get(name, "null"))
+            why = f"fitted with {name} {theirs}, not {ours}; give the same"
+            model.require(theirs == ours, f"{file}: {why}")
+        own = model.part_of(tensors, "encoder")
+        if own:
+            encoder, tokenizer = self.open_lm(self.args.encoder)
+            encoder.load_state_dict(own)
+            self.encoder = encoder, tokenizer
+        probe = self.embed_texts([PROBE])
+        same = probe.shape == tensors["probe"].shape and probe.allclose(tensors["probe"], atol=1e-3)
+        model.require(same, f"{file}: fitted with another encoder; give that one as --encoder")
+        return tensors["embeddings"], tensors["scores"]
+
+
+PROBE = "Which of these conducts electricity?"
+
+
+class SimilarityRouting(Routing):
+    """The similarity-based router."""
 
     def router(self):
         return SimilarityRouter(seed=self.args.seed)
 
-    def choose(self, questions):
-        fit = self.questions_to_fit_on()
-        scores = self.teachers.scores(fit)  # (N, M)
-        router = self.router().fit(self.embed(fit), scores)
-        return router.route(self.embed(questions))
 
-
-class PlackettLuceRouting(SimilarityRouting):
-    """Plackett-Luce ranking, fitted on the same scores."""
+class PlackettLuceRouting(Routing):
+    """Plackett-Luce ranking."""
 
     def router(self):
         return PlackettLuceRouter(seed=self.args.seed)
 
 
-class ClassifierRouting(Choice):
-    """PLM classifier: P(m | q) = softmax_m(MLP(E(q))), encoder and MLP trained together.
+class ClassifierRouting(Routing):
+    """PLM classifier: P(m | q) = softmax_m(MLP(E(q))).
 
-    ClassifierRouter fits the head on the frozen encoder first. Then both are tuned for STEPS
-    steps on the same targets, so that the untrained head does not spoil what the encoder knows.
-    The paper's encoder is mDeBERTa.
+    A first head is fitted on the frozen encoder. Then encoder and head are tuned for STEPS steps on
+    the same targets, so that an untrained head does not spoil what the encoder knows. The last head
+    is fitted on the tuned encoder. The paper's encoder is mDeBERTa.
     """
 
     STEPS = 150
     BATCH = 32
-    LR = 1e-4
+    LR = 3e-4
 
-    def choose(self, questions):
-        fit = self.questions_to_fit_on()
-        texts = list(map(kp.ask, fit))
-        scores = self.teachers.scores(fit)
-        encoder, tokenizer = self.open_lm(self.args.encoder)
+    def router(self):
+        return ClassifierRouter(seed=self.args.seed)
+
+    def tune(self, questions, scores):
+        router = self.router().fit(self.embed(questions), scores)
+        self.embeddings.clear()  # they are of the encoder before
+        encoder, tokenizer = self.encoder
         encoder.float()  # small updates are lost in bfloat16
-        router = ClassifierRouter(seed=self.args.seed)
-        router.fit(model.embed(encoder, tokenizer, texts), scores)
-        ids = kp.TokenCache(tokenizer).prompts(texts)
-        self.tune(encoder, router, ids, router.target(scores))
-        texts = map(kp.ask, questions)
-        return router.route(model.embed(encoder, tokenizer, texts))
-
-    def tune(self, encoder, router, ids, targets):
-        """Train encoder and head by cross-entropy. ids: N lists, targets (N, M)."""
+        ids = kp.TokenCache(tokenizer).prompts(map(kp.ask, questions))
+        targets = router.target(scores)
         parameters = [*encoder.parameters(), *router.head.parameters()]
         optimizer = torch.optim.AdamW(parameters, self.LR)
         device = model.device_of(encoder)
@@ -234,6 +294,10 @@ class ClassifierRouting(Choice):
             optimizer.step()
             optimizer.zero_grad()
 
+    def kept(self):
+        encoder, _ = self.encoder
+        return {**super().kept(), **model.state_of(encoder=encoder)}
+
 
 # -------------------------------------------------------------------------------------- aggregation
 
@@ -244,58 +308,54 @@ class Aggregation(Purifier):
 
     The paper asks GPT-4. Here it is --aggregator DIR, an instruction-tuned LM. The micro world's
     T5 is not one: --tune-aggregator steps teach it, on --fit-questions of the training questions
-    (by default 2,000 at most, and half of them), to write the rationale of the teacher who scores
-    highest. The r_P of those questions is that target.
+    (by default 2,000 at most), to write the rationale of the teacher who scores highest. Each half
+    of them teaches one aggregator, and the other one writes for it: no r_P is a text that its
+    writer was taught.
     """
 
     BATCH = 16
     LR = 1e-3
+    MAX_LENGTH = 2048  # tokens of question and rationales
 
     def purify(self, questions):
-        aggregator, tokenizer = self.open_lm(self.args.aggregator)
-        token_cache = kp.TokenCache(tokenizer, max_length=2048)
+        if not self.args.tune_aggregator:
+            aggregator, tokenizer = self.open_lm(self.args.aggregator)
+            texts = self.write(aggregator, tokenizer, questions)
+            return [[text] for text in texts]
+        fit = self.questions_to_fit_on(default=2000)
+        halves = [fit[0::2], fit[1::2]]
         purified = {}
-        if self.args.tune_aggregator:
-            fit = self.questions_to_fit_on(default=min(2000, len(self.fit_on) // 2))
-            said = self.teachers.all_rationales(fit)
-            best = self.teachers.scores(fit).argmax(1).tolist()
-            targets = [texts[m] for texts, m in zip(said, best)]
-            self.tune(aggregator, token_cache, fit, said, targets)
-            purified = dict(zip(fit, targets))
-        todo = [q for q in questions if q not in purified]
-        texts = self.write(aggregator, tokenizer, token_cache, todo)
-        purified.update(zip(todo, texts))
+        for half in halves:
+            aggregator, tokenizer = self.open_lm(self.args.aggregator)
+            self.tune(aggregator, tokenizer, half)
+            taught = set(half)
+            todo = [q for q in questions if q not in taught and q not in purified]
+            purified.update(zip(todo, self.write(aggregator, tokenizer, todo)))
         return [[purified[q]] for q in questions]
 
-    def prompt(self, q, rationales):
-        """Ask as the T5 teacher is asked, with all teachers' rationales before it."""
-        listed = [f"({chr(ord('a') + m)}) {text}" for m, text in enumerate(rationales)]
-        return " ".join(listed) + " " + kp.rationale_prompt(q)
-
-    def write(self, aggregator, tokenizer, token_cache, questions):
+    def write(self, aggregator, tokenizer, questions):
         """Return r_P of each question."""
         chat = "{}"
         if self.args.aggregator:
             chat = kp.chat_format(Path(self.args.aggregator), tokenizer)
         said = self.teachers.all_rationales(questions)
-        prompts = map(self.prompt, questions, said)
-        prompts = token_cache.prompts(map(chat.format, prompts))
-        device = model.device_of(aggregator)
+        prompts = map(chat.format, map(kp.aggregation_prompt, questions, said))
+        prompts = kp.TokenCache(tokenizer, self.MAX_LENGTH).prompts(prompts)
         purified = [None] * len(questions)
         for rows in kp.progress(model.by_length(prompts, 128), "aggregate"):
-            tokens, mask = model.pad([prompts[row] for row in rows])
-            new = aggregator.generate(tokens.to(device), mask.to(device), self.args.max_new_tokens)
-            for row, ids in zip(rows, new.tolist()):
-                ids = model.until_end(ids, aggregator.config["eos_token_id"])
-                purified[row] = tokenizer.decode(ids).strip()
-                self.ledger["aggregator_wrote"] += len(ids)
+            batch = [prompts[row] for row in rows]
+            written = kp.write(aggregator, tokenizer, batch, self.args.max_new_tokens)
+            for row, (text, n) in zip(rows, written):
+                purified[row] = text
+                self.ledger["aggregator_wrote"] += n
                 self.ledger["aggregator_read"] += len(prompts[row])
         return purified
 
-    def tune(self, aggregator, token_cache, questions, said, targets):
-        """Train by cross-entropy to write targets[i] for questions[i] and its rationales
-        said[i].
-        """
+    def tune(self, aggregator, tokenizer, questions):
+        """Train by cross-entropy to write the rationale of each question's best-scoring teacher."""
+        said = self.teachers.all_rationales(questions)
+        best = self.teachers.scores(questions).argmax(1).tolist()
+        token_cache = kp.TokenCache(tokenizer, self.MAX_LENGTH)
         aggregator.float().train()  # small updates are lost in bfloat16
         optimizer = torch.optim.AdamW(aggregator.parameters(), self.LR)
         n_steps = self.args.tune_aggregator
@@ -305,16 +365,18 @@ class Aggregation(Purifier):
             decay = 1 - step / n_steps
             for group in optimizer.param_groups:
                 group["lr"] = self.LR * min(warm_up, decay)
-            rows = [draw.randrange(len(questions)) for _ in range(self.BATCH)]
             prompts = []
-            for row in rows:  # the choices in a new order each time: their letters mean nothing
+            targets = []
+            for row in draw.choices(range(len(questions)), k=self.BATCH):
+                # The choices and teachers in a new order each time: their places mean nothing.
                 q = questions[row]
                 shuffled = draw.sample(q.choices, len(q.choices))
                 q = replace(q, choices=tuple(shuffled))
-                prompts.append(self.prompt(q, said[row]))
-            labels = token_cache.targets([targets[row] for row in rows])
+                texts = draw.sample(said[row], len(said[row]))
+                prompts.append(kp.aggregation_prompt(q, texts))
+                targets.append(said[row][best[row]])
             prompts = token_cache.prompts(prompts)
-            loss = kp.sequence_losses(aggregator, prompts, labels).mean()
+            loss = kp.sequence_losses(aggregator, prompts, token_cache.targets(targets)).mean()
             loss.backward()
             torch.nn.utils.clip_grad_norm_(aggregator.parameters(), 1.0)
             optimizer.step()
@@ -329,41 +391,43 @@ class Reinforced(Purifier):
     """RL-based teacher selection: a policy pi(m | q) draws the teacher, and the training itself
     rewards the draw.
 
-    pi(m | q) = softmax_m(W E(q) + b), trained by REINFORCE (Williams 1992): ascend
+    pi(m | q) = softmax_m(MLP(E(q))), trained by REINFORCE (Williams 1992): ascend
 
         E[(R - baseline) grad log pi(m | q)] + c grad H(pi),
         R = 1[the rationale concludes on the answer] - beta z,
 
     where z is the student's L_DL on that rationale, standardised over the batch. The first part
-    of R can be checked because the teacher was not told the answer. It differs from the paper,
-    whose state also has E(r_m) 1(teacher m was right), whose policy is a sigmoid per teacher, and
-    whose reward is -L_PR - L_DL: with that reward alone (an easy text is not a true one) the
-    policy stays at chance here. No scores are needed.
+    of R can be checked because the teacher was not told the answer. No scores are needed. It
+    differs from the paper, whose state also has E(r_m) 1(teacher m was right), whose policy is a
+    sigmoid per teacher, and whose reward is -L_PR - L_DL: see `ReinforcedAsPublished`.
 
-    Draws are made for AHEAD steps at once, so that each teacher is asked in one batch. The policy
-    has moved on a little when they are used; the importance ratio pi_now / pi_then corrects for
-    that.
+    Every step also learns again from REPLAYS earlier ones, and draws are made for AHEAD steps at
+    once, so that each teacher is asked in one batch. The policy has moved on meanwhile; the
+    importance ratio pi_now / pi_then corrects for that.
     """
 
     AHEAD = 10  # steps whose draws are made at once
-    LR = 0.02
+    REPLAYS = 4  # of the last MEMORY steps
+    MEMORY = 250
+    LR = 1e-3
+    HIDDEN = 256  # units of the MLP
     BETA = 0.1  # weight of z in the reward
     ENTROPY = 0.01  # c
 
     def fit(self):
         embeddings = self.embed([self.questions[row] for row in self.rows])  # (N, D)
         self.states = dict(zip(self.rows, Standardize(embeddings)(embeddings)))
-        self.policy = nn.Linear(embeddings.shape[1], len(self.teachers))
-        nn.init.zeros_(self.policy.weight)  # pi starts uniform
-        nn.init.zeros_(self.policy.bias)
+        M = len(self.teachers)
+        generator = torch.Generator().manual_seed(self.args.seed)
+        self.policy = mlp(embeddings.shape[1], self.HIDDEN, torch.zeros(M), generator)
         self.optimizer = torch.optim.Adam(self.policy.parameters(), self.LR)
         self.baseline = 0.0
 
-        # What was drawn so far, one entry a visit: the teacher, log pi then, whether it was right.
+        # What was drawn so far, one entry a visit: the teacher, log pi then, and the reward.
         self.visited = list(chain.from_iterable(self.visits))
         self.picks = torch.zeros(0, dtype=torch.long)
         self.logp = torch.zeros(0)
-        self.right = torch.zeros(0)
+        self.rewards = torch.zeros(0)
         self.written = []
         self.texts = {}
 
@@ -373,9 +437,7 @@ class Reinforced(Purifier):
         return self.policy(states).log_softmax(1)
 
     def batch(self, step):
-        """Return the places of this step's visits among all visits. Every batch has the same
-        size.
-        """
+        """Return the places of this step's visits among all visits. All batches have one size."""
         B = len(self.visits[0])
         return slice(step * B, (step + 1) * B)
 
@@ -387,41 +449,51 @@ class Reinforced(Purifier):
             with torch.no_grad():
                 logp = self.log_policy(rows)  # (AHEAD * B, M)
             picks = torch.multinomial(logp.exp(), 1, generator=generator)
-            logp = logp.gather(1, picks)
-            self.take(picks[:, 0], logp[:, 0])
+            self.take(picks[:, 0], logp.gather(1, picks)[:, 0])
         return [[text] for text in self.written[self.batch(step)]]
 
     def take(self, picks, logp):
-        """Have the picked teachers write for the next visits, and note who concludes on the right
-        answer.
-        """
+        """Have the picked teachers write for the next visits."""
         rows = self.visited[len(self.written) :][: len(picks)]
-        questions = [self.questions[row] for row in rows]
-        texts = self.teachers.rationales(questions, picks.tolist())
-        right = [kp.conclusion(text, q.choices) == q.answer for text, q in zip(texts, questions)]
+        texts = self.teachers.rationales([self.questions[row] for row in rows], picks.tolist())
         self.written += texts
         self.texts.update((row, [text]) for row, text in zip(rows, texts))
         self.picks = torch.cat((self.picks, picks))
         self.logp = torch.cat((self.logp, logp))
-        self.right = torch.cat((self.right, torch.tensor(right).float()))
 
-    def feedback(self, step, loss):
-        at = self.batch(step)
+    def reward(self, step, loss):
+        """Return R of this step's draws, (B,)."""
+        right = []
+        for row, text in zip(self.visits[step], self.written[self.batch(step)]):
+            q = self.questions[row]
+            right.append(kp.conclusion(text, q.choices) == q.answer)
         l_dl = loss.rationale.float().cpu()  # (B,)
         z = (l_dl - l_dl.mean()) / (l_dl.std(correction=0) + 1e-6)
-        reward = self.right[at] - self.BETA * z
+        return torch.tensor(right).float() - self.BETA * z
+
+    def feedback(self, step, loss):
+        reward = self.reward(step, loss)
+        self.rewards = torch.cat((self.rewards, reward))
+        entropy = self.learn(step)
+        draw = random.Random(f"{self.args.seed} {step}")
+        earlier = range(max(0, step - self.MEMORY), step)
+        for before in draw.sample(earlier, min(self.REPLAYS, len(earlier))):
+            self.learn(before)
+        self.baseline += 0.1 * (reward.mean().item() - self.baseline)
+        return dict(reward=reward.mean(), entropy=entropy)
+
+    def learn(self, step):
+        """Take one step of gradient ascent on the draws of one step of training. Return H(pi)."""
+        at = self.batch(step)
         logp = self.log_policy(self.visited[at])  # (B, M)
         entropy = -(logp.exp() * logp).sum(1).mean()
         chosen = logp.gather(1, self.picks[at][:, None])[:, 0]  # (B,)
-        ratio = (chosen.detach() - self.logp[at]).exp()  # pi_now / pi_then
-        gain = (ratio * (reward - self.baseline) * chosen).mean()
-        policy_loss = -gain - self.ENTROPY * entropy
+        ratio = (chosen.detach() - self.logp[at]).exp().clamp(max=2)  # pi_now / pi_then
+        gain = (ratio * (self.rewards[at] - self.baseline) * chosen).mean()
         self.optimizer.zero_grad()
-        policy_loss.backward()
+        (-gain - self.ENTROPY * entropy).backward()
         self.optimizer.step()
-        self.baseline += 0.1 * (reward.mean().item() - self.baseline)
-        right = self.right[at].mean()
-        return dict(reward=reward.mean(), right=right, entropy=entropy.detach())
+        return entropy.detach()
 
     def probabilities(self, row):
         return self.log_policy([row]).exp()[0].tolist()
@@ -440,12 +512,46 @@ class Reinforced(Purifier):
     def state(self):
         tensors = model.state_of(policy=self.policy, optimizer=self.optimizer)
         tensors["baseline"] = torch.tensor(self.baseline, dtype=torch.float64)
-        return {**tensors, "picks": self.picks, "logp": self.logp}
+        return {**tensors, "picks": self.picks, "logp": self.logp, "rewards": self.rewards}
 
     def restore(self, state, step):
         model.restore_state(state, policy=self.policy, optimizer=self.optimizer)
         self.baseline = state["baseline"].item()
+        self.rewards = state["rewards"]
         self.take(state["picks"], state["logp"])  # the teachers' answers are in the cache
+
+
+class ReinforcedAsPublished(Reinforced):
+    """RL-based teacher selection with the paper's state, policy and reward.
+
+    State of teacher m: [E(q), E(r_m) 1(teacher m was right)], right: its rationale concludes on the
+    answer. Policy: sigmoid_m(MLP(state)); here one teacher is drawn by the sigmoids, scaled to sum
+    1. Reward: R = -L_PR - L_DL, of the batch. All teachers write all rationales, for the state.
+    """
+
+    def fit(self):
+        super().fit()
+        questions = [self.questions[row] for row in self.rows]
+        texts = self.teachers.all_rationales(questions)
+        q = torch.stack([self.states[row] for row in self.rows])  # (N, D)
+        seen = []
+        for m in range(len(self.teachers)):
+            own = [texts_of[m] for texts_of in texts]
+            right = [kp.conclusion(text, q.choices) == q.answer for text, q in zip(own, questions)]
+            r = self.embed_texts(own) * torch.tensor(right).float()[:, None]  # (N, D)
+            seen.append(torch.cat((q, r), 1))
+        self.states = dict(zip(self.rows, torch.stack(seen, 1)))  # (M, 2 D) of each row
+        generator = torch.Generator().manual_seed(self.args.seed)
+        self.policy = mlp(2 * q.shape[1], self.HIDDEN, torch.zeros(1), generator)
+        self.optimizer = torch.optim.Adam(self.policy.parameters(), self.LR)
+
+    def log_policy(self, rows):
+        states = torch.stack([self.states[row] for row in rows])  # (B, M, 2 D)
+        chances = self.policy(states)[..., 0].sigmoid()  # (B, M)
+        return (chances / chances.sum(1, keepdim=True)).log()
+
+    def reward(self, step, loss):
+        return -(loss.answer + loss.rationale).float().cpu()
 
 
 # ------------------------------------------------------------------------- the routers' mathematics
@@ -461,23 +567,23 @@ class Reinforced(Purifier):
 
 @dataclass
 class SimilarityRouter:
-    """Route by learned similarity: P(m | q) = softmax_m(cos(W q + b, k_m) / tau).
+    """Route by learned similarity: P(m | q) = softmax_m(cos(f(q), k_m) / tau).
 
-    Teacher m has a vector k_m. RouterDC (Chen et al., NeurIPS 2024, arXiv 2409.19886) trains W, b and
-    k with two contrastive losses:
+    Teacher m has a vector k_m. RouterDC (Chen et al., NeurIPS 2024, arXiv 2409.19886) trains f and k
+    with two contrastive losses:
 
         loss = teacher_loss + lam * question_loss
         teacher_loss = sum over + of  -log(e^s_+ / (e^s_+ + sum over - of e^s_-))
-            s_m = cos(W q + b, k_m) / tau
+            s_m = cos(f(q), k_m) / tau
             "+": the K best teachers of the question, "-": all others
         question_loss = -log(e^s_+ / (e^s_+ + sum over - of e^s_-))
-            s_j = cos(W q + b, W q_j + b) / tau
+            s_j = cos(f(q), f(q_j)) / tau
             "+": a question of the same k-means cluster, "-": n_negatives questions of others
 
-    Differences from the paper and its code: the encoder stays frozen, and W is trained instead;
-    k-means runs on the embeddings, without t-SNE; K = 1 and lam = 0.1 instead of 3 and 1 (better on
-    held-out questions); tau = 0.1 instead of 1; "-" are all other teachers, not only the 3 lowest
-    of those that score at most 0.5; training stops when the expected score on validation questions
+    Differences from the paper and its code: f is a two-layer MLP on a frozen encoder, instead of
+    the encoder itself; k-means runs on the embeddings, without t-SNE; K = 1 and lam = 0.1 instead
+    of 3 and 1 (better on held-out questions); tau = 0.1 instead of 1; "-" are all other teachers,
+    not only the 3 lowest of those that score at most 0.5; training stops when the expected score on validation questions
     stops rising; and `route` uses the tau that suits these questions best (temperature scaling,
     Guo et al. 2017), which leaves the argmax as it is.
     """
@@ -487,7 +593,8 @@ class SimilarityRouter:
     lam: float = 0.1  # weight of question_loss
     n_clusters: int = 5
     n_negatives: int = 3
-    lr: float = 1e-4  # where D = 256, see fit_early_stopped
+    hidden: int = 256  # units of f
+    lr: float = 6e-4  # where D = 256, see fit_early_stopped
     batch: int = 128
     steps: int = 1500  # minibatches, at most; the last epoch is finished
     seed: int = 0
@@ -510,7 +617,7 @@ class SimilarityRouter:
 
     @staticmethod
     def question_loss(z, cluster, n_negatives, tau, generator):
-        """Return the mean loss of a batch from z = W q + b at unit length (B, d) and clusters (B,).
+        """Return the mean loss of a batch from z = f(q) at unit length (B, d) and clusters (B,).
 
         The mean is over the questions with a positive and n_negatives negatives in the batch. If
         there is no such question, it is 0.
@@ -529,19 +636,19 @@ class SimilarityRouter:
         return loss.sum() / max(len(loss), 1)
 
     def fit(self, embeddings, scores):
-        """Train W and b (`project`) and k (`teachers`), then choose the tau of `route`."""
+        """Train f (`project`) and k (`teachers`), then choose the tau of `route`."""
         generator = torch.Generator().manual_seed(self.seed)
         self.standardize, q, scores = prepare(embeddings, scores)  # q (N, D), scores (N, M)
         cluster = self.kmeans(q, generator)  # (N,)
 
-        # Start as the router that ignores q: W = 0, b = e_0, k_m = c_m e_0 + sqrt(1 - c_m^2) e_m.
-        # Then cos(W q + b, k_m) = c_m, the mean score of teacher m less that of all teachers.
-        # d = M + 1 dimensions are enough: of W q + b, only the part in the span of k moves the argmax.
+        # Start as the router that ignores q: f(q) = e_0, k_m = c_m e_0 + sqrt(1 - c_m^2) e_m.
+        # Then cos(f(q), k_m) = c_m, the mean score of teacher m less that of all teachers.
+        # d = M + 1 dimensions are enough: of f(q), only the part in the span of k moves the argmax.
         c = (scores.mean(0) - scores.mean()).clamp(-0.9, 0.9)  # (M,)
         d = len(c) + 1
         k = torch.cat([c[:, None], (1 - c**2).sqrt().diag()], 1)  # (M, d)
         self.teachers = nn.Parameter(k)
-        self.project = linear(torch.zeros(d, q.shape[1]), torch.eye(d)[0])
+        self.project = mlp(q.shape[1], self.hidden, torch.eye(d)[0], generator)
 
         def loss(rows):
             z = self.embed(q[rows])  # (B, d)
@@ -574,7 +681,7 @@ class SimilarityRouter:
         return (cos / self.tau_route).softmax(1)
 
     def embed(self, q):
-        """Return W q + b at unit length (B, d), of q (B, D)."""
+        """Return f(q) at unit length (B, d), of q (B, D)."""
         return F.normalize(self.project(q))
 
     def logits(self, z):
@@ -767,15 +874,8 @@ class ClassifierRouter:
         target = self.target(scores)  # (N, M)
 
         # Start as the classifier that ignores q and predicts the mean target.
-        D = q.shape[1]
-        first = torch.normal(0.0, D**-0.5, (self.hidden, D), generator=generator)
-        last = torch.zeros(target.shape[1], self.hidden)
         mean_target = target.mean(0) + 1e-3
-        self.head = nn.Sequential(
-            linear(first, torch.zeros(self.hidden)),
-            nn.GELU(),
-            linear(last, mean_target.log()),
-        )
+        self.head = mlp(q.shape[1], self.hidden, mean_target.log(), generator)
 
         def loss(rows):
             return F.cross_entropy(self.head(q[rows]), target[rows])
@@ -847,6 +947,13 @@ def sum_to_one(x):
     return x / x.sum(1, keepdim=True)
 
 
+def mlp(D, hidden, output, generator):
+    """Return a two-layer MLP of inputs (B, D) that starts at this output, whatever the input."""
+    first = torch.normal(0.0, D**-0.5, (hidden, D), generator=generator)
+    last = torch.zeros(len(output), hidden)
+    return nn.Sequential(linear(first, torch.zeros(hidden)), nn.GELU(), linear(last, output))
+
+
 def linear(weight, bias):
     """Return the layer x -> x W^T + b. Unlike nn.Linear(...), this draws no random numbers."""
     layer = skip_init(nn.Linear, *weight.T.shape)
@@ -903,8 +1010,10 @@ PURIFIERS = {
     "classifier": ClassifierRouting,
     "aggregate": Aggregation,
     "rl": Reinforced,
+    "rl-published": ReinforcedAsPublished,
     "none": TinyLLM,
     "single": SingleTeacher,
+    "task": TaskTeacher,
     "random": RandomTeacher,
     "oracle": Oracle,
     "answers": AnswersOnly,

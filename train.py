@@ -7,8 +7,8 @@
 
 The file reads top to bottom: the arguments, `train` (the story), the parts that it is made of, the
 run's folder, torchrun's ranks, the closing table. A run writes out/RUN/: config.json (every
-argument), metrics.jsonl (a line a step), purified.jsonl (what the student was given), result.json,
-and the student as a checkpoint folder, student/.
+argument), metrics.jsonl (a line a step, and one an evaluation), purified.jsonl (what the student
+was given), result.json, and the student as a checkpoint folder, student/.
 """
 
 import argparse
@@ -16,10 +16,10 @@ import os
 import sys
 
 
-PURIFIERS = """router, plackett-luce, classifier, aggregate, rl; or a control: none (TinyLLM, all
-rationales), single, random, oracle (the best-scoring teacher of each question), answers (no
-rationale)"""
-TEACHERS = """checkpoint folders, and .jsonl files of ready rationales (default: DATA/rationales/*;
+WHICH_PURIFIERS = """router, plackett-luce, classifier, aggregate, rl, rl-published; or a control:
+none (TinyLLM, all rationales), single, task (the best teacher of each task), random, oracle (the
+best-scoring teacher of each question), answers (no rationale)"""
+WHICH_TEACHERS = """checkpoint folders, and .jsonl files of ready rationales (default: DATA/rationales/*;
 in the micro world: names of its teachers)"""
 
 
@@ -32,53 +32,57 @@ def at_least(least):
             raise argparse.ArgumentTypeError(f"{text}: must be at least {least}")
         return value
 
-    number.__name__ = "number"
+    number.__name__ = "number"  # which argparse names where the text is no number
     return number
 
 
-count = at_least(1)
-size = at_least(0)
+positive = at_least(1)
+natural = at_least(0)
 weight = at_least(0.0)
 flag = None
 
-# {group: [(name, check, default, meaning)]}. Where a default is None, see `settle`.
+# {group: [(name, check, default, meaning)]}. Defaults that depend on other arguments: `settle`.
 ARGUMENTS = {
     "what to run": [
-        ("purifier", str, "router", PURIFIERS),
-        ("seed", size, 0, "of everything random"),
+        ("purifier", str, "router", WHICH_PURIFIERS),
+        ("seed", natural, 0, "of everything random"),
         ("out", str, None, "folder of this run (default: out/PURIFIER-SEED)"),
         ("resume", flag, False, "go on from the run's last checkpoint"),
-        ("overwrite", flag, False, "start an unfinished run anew"),
+        ("overwrite", flag, False, "start an unfinished run anew (a finished one needs no flag)"),
     ],
     "data and models (default: the micro world)": [
-        ("world", size, 0, "seed of the micro world: its questions and its teachers"),
+        ("world", natural, 0, "seed of the micro world: its questions and its teachers"),
+        ("well-read", flag, False, "a control: a micro world whose teachers have read everything"),
         ("data", str, None, "folder with train.jsonl, valid.jsonl, test.jsonl"),
-        ("teachers", list, None, TEACHERS),
-        ("student", str, "tiny", "checkpoint folder of a T5, or tiny: a new small one"),
+        ("teachers", list, None, WHICH_TEACHERS),
+        ("student", str, "tiny", "checkpoint folder of a T5, or tiny: the micro world's, or a new one"),
         ("encoder", str, None, "sentence encoder (default: a T5 teacher, else the student)"),
         ("scorer", str, None, "scores ready rationales (default: a T5 teacher, else the student)"),
         ("ood", flag, False, "train on the out-of-domain tasks; purifiers are fitted in domain"),
+        ("per-token", flag, False, "compare choices by log-probability per token, not in sum"),
         ("cache", str, "cache", "what teachers said, kept for all runs"),
     ],
     "purification": [
-        ("fit-questions", count, None, "questions that fit a router (default: all of train)"),
+        ("router", str, None, "folder of a run whose fitted router to use, instead of fitting one"),
+        ("fit-questions", positive, None, "questions that fit a router (default: all of train)"),
         ("aggregator", str, None, "LM for aggregate (default: a T5 teacher, else the student)"),
-        ("tune-aggregator", size, None, "steps that teach it (default: 800 in the micro world)"),
-        ("teacher", size, 0, "which teacher --purifier single takes"),
-        ("shots", size, None, "examples in a prompt (default: 0 in the micro world, else 2)"),
+        ("tune-aggregator", natural, None, "steps that teach it (default: 800 in the micro world)"),
+        ("teacher", natural, 0, "which teacher --purifier single takes"),
+        ("shots", natural, None, "examples in a prompt (default: 0 in the micro world, else 2)"),
         ("teacher-forcing", flag, False, "tell the teachers the answer, as TinyLLM does"),
-        ("max-new-tokens", count, 128, "longest rationale, in tokens"),
+        ("max-new-tokens", positive, 128, "longest rationale, in tokens"),
     ],
     "training": [
         ("lam", weight, 1.0, "weight of the rationale loss, lambda"),
+        ("teacher-prefixes", flag, False, "a prefix for each teacher's rationales, as TinyLLM has"),
         ("alpha", weight, None, "weight of each rationale, alpha_m (default: lambda / M)"),
-        ("steps", count, 600, "optimiser steps"),
-        ("batch-size", count, 16, "questions a step (and process, under torchrun)"),
-        ("lr", weight, None, "peak learning rate (default: 3e-3 for tiny, else 3e-4)"),
-        ("weight-decay", weight, 0.01, "of AdamW"),
-        ("warmup", size, 50, "steps of linear warm-up, then cosine decay to zero"),
+        ("steps", positive, 1000, "optimiser steps"),
+        ("batch-size", positive, 16, "questions a step (and process, under torchrun)"),
+        ("lr", weight, None, "peak learning rate (default: 1.5e-3 for tiny, else 3e-4)"),
+        ("weight-decay", weight, 0.1, "of AdamW"),
+        ("warmup", natural, 50, "steps of linear warm-up, then cosine decay to zero"),
         ("clip", weight, 1.0, "largest norm of the gradient"),
-        ("eval-every", count, 200, "steps between evaluations on valid, and checkpoints"),
+        ("eval-every", positive, 200, "steps between evaluations on valid, and checkpoints"),
         ("device", str, None, "cpu or cuda (default: cuda if there is one)"),
         ("dtype", str, None, "float32 or bfloat16 (default: bfloat16 on cuda)"),
         ("compile", flag, False, "torch.compile the student: a slow start, faster steps"),
@@ -125,7 +129,6 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from safetensors import safe_open
 from safetensors.torch import save_file
 from tqdm import tqdm
 
@@ -150,6 +153,7 @@ def train(args):
             return model.read_json(run.result) if ranks.rank == 0 else None
         questions, valid = training_questions(args, data)
         token_cache = kp.TokenCache(tokenizer)
+        prefixes = kp.explain_prefixes(len(teachers) if args.teacher_prefixes else 0)
         prompts = token_cache.prompts(map(kp.explain_prompt, questions))
         visits = draw_visits(prompts, args, ranks.count)
         optimizer = new_optimizer(student, args)
@@ -174,7 +178,7 @@ def train(args):
             batch = ranks.share([questions[row] for row in visits[step]])
             own = ranks.share(rationales)
             with torch.autocast(args.device, torch.bfloat16, enabled=args.dtype == "bfloat16"):
-                loss = kp.dual_loss(net, token_cache, batch, own, args.lam, args.alpha)
+                loss = kp.dual_loss(net, token_cache, batch, own, args.lam, args.alpha, prefixes)
             loss.total.backward()
             norm = torch.nn.utils.clip_grad_norm_(student.parameters(), args.clip)
             optimizer.step()
@@ -185,7 +189,7 @@ def train(args):
         run.log_loss(step, loss, norm=norm, lr=learning_rate(step, args), **noted)
         if run.evaluates(step):
             with seconds("evaluate"):
-                run.log(step, valid=kp.accuracy(student, tokenizer, valid))
+                run.log(step, valid=measure(args, student, tokenizer, valid, prefixes))
         if run.saves(step):
             run.save(step + 1, student, optimizer, purifier, seconds)
 
@@ -194,11 +198,11 @@ def train(args):
         figures = purifier.figures()
         if ranks.rank != 0:
             return None
-        splits = [split for split in ("valid", "test", "ood/test") if split in data]
-        accuracy = {split: kp.accuracy(student, tokenizer, data[split]) for split in splits}
-    run.log(args.steps, **accuracy)
+        figures |= measure(args, student, tokenizer, data["test"], prefixes)
+        figures["ood"] = kp.accuracy(student, tokenizer, data.get("ood/test", []), args.per_token)
+        run.log(args.steps, valid=measure(args, student, tokenizer, valid, prefixes))
     model.save(student, tokenizer, run.folder / "student")
-    return run.finish(purifier, accuracy, figures, seconds)
+    return run.finish(purifier, figures, seconds)
 
 
 # ---------------------------------------------------------------------------------------- the parts
@@ -216,7 +220,7 @@ def settle(args):
     defaults = dict(
         device="cuda" if has_cuda else "cpu",
         out=f"out/{args.purifier}{'-ood' if args.ood else ''}-{args.seed}",
-        lr=3e-3 if args.student == "tiny" else 3e-4,
+        lr=1.5e-3 if args.student == "tiny" else 3e-4,
         shots=0 if in_micro_world else 2,
         tune_aggregator=800 if in_micro_world and not args.aggregator else 0,
     )
@@ -237,7 +241,7 @@ def open_parts(args, ranks):
     first T5 teacher, or else the student as it starts.
     """
     with ranks.first_alone():  # rank 0 makes the micro world, the others find it there
-        folder = Path(args.data) if args.data else prepare.prepare(args.world)
+        folder = Path(args.data) if args.data else prepare.prepare(args.world, args.well_read)
     data = read_data(folder)
     for split in ("train", "test"):
         require(not args.ood or f"ood/{split}" in data, f"--ood: {folder} has no ood/{split}.jsonl")
@@ -252,7 +256,8 @@ def open_parts(args, ranks):
         t5s = [teacher.folder for teacher in teachers.teachers if teacher.kind == "t5"]
     else:
         t5s = [folder / "teachers" / "t5"]
-    student, tokenizer = load_student(args, t5s, data["train"])
+    own = folder / "student" if args.student == "tiny" and not args.data else args.student
+    student, tokenizer = load_student(own, args, t5s, data["train"])
     if args.encoder:
         encoder, _ = open_lm(args.encoder)
         why = f"--encoder {args.encoder}: not an encoder; take a Bert or a T5"
@@ -282,6 +287,7 @@ def open_teachers(args, folder, data, judge, ranks=kp.ONE_PROCESS):
         shots=args.shots,
         max_new_tokens=args.max_new_tokens,
         tell_answer=args.teacher_forcing,
+        per_token=args.per_token,
         seed=args.seed,
     )
     needed = ("train", "ood/train") if args.ood else ("train",)
@@ -295,12 +301,12 @@ def open_teachers(args, folder, data, judge, ranks=kp.ONE_PROCESS):
     return kp.Teachers(teachers)
 
 
-def load_student(args, t5s, questions):
-    """Return (T5, tokenizer): a checkpoint, or a new small T5 with the tokenizer of the first of
-    t5s or of the questions.
+def load_student(path, args, t5s, questions):
+    """Return (T5, tokenizer): a checkpoint, or for the path "tiny" a new small T5 with the
+    tokenizer of the first of t5s or of the questions.
     """
-    if args.student != "tiny":
-        student, tokenizer = model.load(args.student, args.device, torch.float32)
+    if path != "tiny":
+        student, tokenizer = model.load(path, args.device, torch.float32)
         kind = student.config["model_type"]
         require(kind == "t5", f"--student {args.student}: a student is a T5; this is a {kind}")
         return student, tokenizer
@@ -322,14 +328,33 @@ def training_questions(args, data):
     return data["ood/train"], data.get("ood/valid", data["valid"])
 
 
-def draw_visits(prompts, args, ranks=1, block=8):
+def measure(args, student, tokenizer, questions, prefixes):
+    """Return what a student can, in shares {task: x, ..., "mean": x}: accuracy; explains_right,
+    its own explanations that conclude on the right choice; and where the data set knows the true
+    rationales explains_true, those that are it word by word. Of several prefixes the best counts,
+    which flatters them.
+    """
+    best = {}
+    for prefix in prefixes:
+        texts = kp.explanations(student, tokenizer, questions, args.max_new_tokens, prefix)
+        right = [kp.conclusion(text, q.choices) == q.answer for text, q in zip(texts, questions)]
+        shares = {"explains_right": kp.by_task(questions, right)}
+        if all(q.truth for q in questions):
+            true = [text == q.truth for text, q in zip(texts, questions)]
+            shares["explains_true"] = kp.by_task(questions, true)
+        for name, share in shares.items():
+            best[name] = max(share, best.get(name, share), key=lambda share: share["mean"])
+    return {"accuracy": kp.accuracy(student, tokenizer, questions, args.per_token), **best}
+
+
+def draw_visits(prompts, args, n_ranks=1, block=8):
     """Return visits, where visits[step] are the rows of that step's batch. Each epoch visits
     every row once.
 
     prompts: N lists of ids. Each `block` of batches is sorted by length: 5 % of the tokens are
     padding instead of 19 %.
     """
-    size = args.batch_size * ranks
+    size = args.batch_size * n_ranks
     n_visits = args.steps * size
     order = []
     for epoch in range(math.ceil(n_visits / len(prompts))):
@@ -377,6 +402,7 @@ class Run:
         self.checkpoint = self.folder / "checkpoint.safetensors"
         self.metrics = self.folder / "metrics.jsonl"
         self.result = self.folder / "result.json"
+        self.router = self.folder / "router.safetensors"
         self.first_step = 0
         self.student_tokens = 0
         self.pending = []  # lines of metrics.jsonl that are not written yet
@@ -386,7 +412,7 @@ class Run:
         with ranks.first_alone():
             if ranks.rank == 0:
                 self.lock()
-                self.open()
+                self.begin()
 
     def lock(self):
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -397,7 +423,7 @@ class Run:
             why = "another run is writing there; wait for its end or give another --out"
             raise BadInput(f"{self.folder}: {why}") from None
 
-    def open(self):
+    def begin(self):
         """Make the folder ready: new or cleared, or with --resume as it is."""
         config = self.folder / "config.json"
         settings = {"format": FORMAT, **vars(self.args)}
@@ -416,7 +442,7 @@ class Run:
         elif before and not self.finished() and not self.args.overwrite:
             why = "holds an unfinished run; go on with --resume or start anew with --overwrite"
             raise BadInput(f"{self.folder}: {why}")
-        for file in (self.checkpoint, self.metrics, self.result):
+        for file in (self.checkpoint, self.metrics, self.result, self.router):
             file.unlink(missing_ok=True)
         model.write_json(config, settings)
 
@@ -457,7 +483,7 @@ class Run:
         if self.ranks.count == 1:
             self.stopping = bool(self.signals)
         elif (step + 1) % LOG_EVERY == 0:  # all ranks stop behind the same step
-            self.stopping = self.ranks.any(self.signals)
+            self.stopping = self.ranks.any_of(self.signals)
         return self.stopping or self.evaluates(step)
 
     # The log
@@ -471,7 +497,7 @@ class Run:
         self.log(step, tokens=loss.tokens, **values)
         if (step + 1) % LOG_EVERY == 0:
             self.flush()
-            valid = f", valid {self.valid['mean']:.3f}" if self.valid else ""
+            valid = f", valid {self.valid['accuracy']['mean']:.3f}" if self.valid else ""
             self.bar.set_postfix_str(f"loss {loss.total.item():.3f}{valid}")
 
     def log(self, step, **values):
@@ -521,9 +547,8 @@ class Run:
         """Go back to the checkpoint, if there is one."""
         if not self.checkpoint.exists():
             return
-        with safe_open(self.checkpoint, "pt") as file:
-            progress = json.loads(file.metadata()["progress"])
-            tensors = {name: file.get_tensor(name) for name in file.keys()}
+        tensors, metadata = model.read_tensors(self.checkpoint)
+        progress = json.loads(metadata["progress"])
         model.restore_state(tensors, student=student, optimizer=optimizer)
         purifier.restore(model.part_of(tensors, "purifier"), progress["step"])
         seconds.update(progress["seconds"])
@@ -532,16 +557,19 @@ class Run:
         if self.ranks.rank == 0:
             os.truncate(self.metrics, progress["log_bytes"])  # what came later comes again
 
-    def finish(self, purifier, accuracy, figures, seconds):
+    def finish(self, purifier, figures, seconds):
         """Write purified.jsonl and result.json, delete the checkpoint. Return the result."""
         self.flush()
         n_empty = 0
+        true = []  # of the rationales whose truth is known, which are true
         with model.atomic(self.folder / "purified.jsonl") as temporary:
             with open(temporary, "w", encoding="utf-8") as file:
                 for row in purifier.rows:
                     texts = purifier.given(row)
                     n_empty += texts.count("")
-                    line = dict(id=purifier.questions[row].id, rationales=texts)
+                    q = purifier.questions[row]
+                    true += [text == q.truth for text in texts if q.truth]
+                    line = dict(id=q.id, rationales=texts)
                     line["probabilities"] = purifier.probabilities(row)
                     file.write(json.dumps(line, ensure_ascii=False) + "\n")
         ledger = purifier.teachers.ledger + purifier.ledger
@@ -550,16 +578,20 @@ class Run:
             seed=self.args.seed,
             teachers=purifier.teachers.names,
             steps=self.args.steps,
-            accuracy=accuracy["test"],
-            ood=accuracy.get("ood/test", {}),
-            valid=accuracy["valid"],
+            **figures,
+            valid=self.valid,
+            purified_true=sum(true) / len(true) if true else None,
             teacher_tokens=ledger["rationale_wrote"],
             ledger=ledger,
             student_tokens=self.student_tokens,
             empty_rationales=n_empty,
-            **figures,
             seconds={stage: round(value, 2) for stage, value in seconds.items()},
         )
+        if purifier.kept():
+            about = dict(purifier=self.args.purifier, teachers=purifier.teachers.names)
+            about = {name: json.dumps(value) for name, value in about.items()}
+            with model.atomic(self.router) as temporary:
+                save_file(purifier.kept(), temporary, about)
         model.write_json(self.result, result)
         self.checkpoint.unlink(missing_ok=True)
         return result
@@ -624,7 +656,7 @@ class Ranks:
             net.config = student.config
         return torch.compile(net, dynamic=True) if compiles else net
 
-    def any(self, flag):
+    def any_of(self, flag):
         """Tell whether the flag is set on any rank."""
         flags = [None] * self.count
         dist.all_gather_object(flags, bool(flag))
@@ -641,31 +673,38 @@ class Ranks:
         dist.all_gather_object(parts, own)
         totals, answers, explained, tokens, padded = zip(*parts)
         explained = [iter(losses) for losses in explained]  # each rank's, in the order of its rows
-        order = []
+        rationale = []
         for row, texts in enumerate(rationales):
-            order += [next(explained[row % self.count]) for _ in texts]
+            rationale += [next(explained[row % self.count]) for _ in texts]
         answer = torch.stack(answers, 1).flatten()  # row i is of rank i % count
         total = torch.tensor(totals).mean()
-        return kp.DualLoss(total, answer, torch.tensor(order), sum(tokens), sum(padded))
+        return kp.DualLoss(total, answer, torch.tensor(rationale), sum(tokens), sum(padded))
 
 
 # -------------------------------------------------------------------------------- the closing table
 
 
-def print_accuracies(accuracies):
-    """Print {"test": {task: share}, "ood/test": {task: share}} as a table."""
-    for split, shares in accuracies.items():
-        if shares:
-            label = "out of domain" if split == "ood/test" else "test accuracy"
-            print(f"  {label:<16}" + "".join(f"{task:>11}" for task in shares))
-            print(" " * 18 + "".join(f"{share:>11.3f}" for share in shares.values()))
+def print_shares(shares):
+    """Print {label: {task: share}} as a table, without what is empty."""
+    width = max(map(len, shares))
+    for label, row in shares.items():
+        if row:
+            print(f"  {label:<{width}}" + "".join(f"{task:>11}" for task in row))
+            print(" " * (width + 2) + "".join(f"{share:>11.3f}" for share in row.values()))
 
 
 def print_result(result):
     """Print what the run brought and what it cost."""
     n = len(result["teachers"])
     print(f"\n{result['purifier']}, seed {result['seed']}, {n} teachers, {result['steps']} steps\n")
-    print_accuracies({"test": result["accuracy"], "ood/test": result["ood"]})
+    print_shares({
+        "test accuracy": result["accuracy"],
+        "out of domain": result["ood"],
+        "explains rightly": result["explains_right"],
+        "explains truly": result.get("explains_true"),
+    })
+    if result["purified_true"] is not None:
+        print(f"  {'rationales given':<16} {result['purified_true']:.3f} of them true")
     print(f"  {'tokens':<16} teachers wrote {result['teacher_tokens']:,}, ", end="")
     print(f"student trained on {result['student_tokens']:,}")
     if result["empty_rationales"]:

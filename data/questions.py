@@ -5,8 +5,8 @@
     rationales/NAME.jsonl                      perhaps: teachers that are texts (kp.TextTeacher)
 
 A line: {"id": "1", "task": "science", "text": "Which is a metal?", "choices": ["iron", "oxygen"],
-"answer": 0}. The id is optional, and so is the task (by default the folder's name). The answer is
-an index, a letter or a choice.
+"answer": 0}. The answer is an index, a letter or a choice. Optional are the id, the task (by
+default the folder's name), and "truth", the true rationale, which only measures explanations.
 """
 
 import re
@@ -70,7 +70,8 @@ def read_questions(file, split="", taken=None):
         if name in taken:
             name = f"{name}#{len(questions)}"
         taken.add(name)
-        questions.append(Question(name, task, text, tuple(choices), answer))
+        truth = str(row.get("truth", ""))
+        questions.append(Question(name, task, text, tuple(choices), answer, truth))
     require(questions, f"{file}: holds no question; write one a line")
     return questions
 
@@ -119,14 +120,14 @@ def are_choices(choices):
 
 
 def answer_index(answer, choices):
-    """Return the index of an answer that is a choice, a capital letter or an index; None for
+    """Return the index of an answer that is a choice, a letter or an index; None for
     anything else.
     """
-    letters = LETTERS.upper()[: len(choices)]
+    letters = LETTERS[: len(choices)]
     if isinstance(answer, str) and answer in choices:
         return choices.index(answer)
-    if isinstance(answer, str) and len(answer) == 1 and answer in letters:
-        return letters.index(answer)
+    if isinstance(answer, str) and len(answer) == 1 and answer.lower() in letters:
+        return letters.index(answer.lower())
     if type(answer) is int and 0 <= answer < len(choices):
         return answer
     return None

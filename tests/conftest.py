@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -23,10 +24,15 @@ ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}
 def make_world(folder):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(prepare, "SIZES", {"train": 24, "valid": 8, "test": 12})
-        for name, rows in prepare.make_questions(prepare.read_facts(), seed=1).items():
-            write_lines(folder / f"{name}.jsonl", rows)
+        patch.setattr(prepare, "OOD_SIZES", prepare.SIZES)
+        for name, questions in prepare.make_questions(prepare.read_facts(), seed=1).items():
+            write_lines(folder / f"{name}.jsonl", map(asdict, questions))
+    torch.manual_seed(1)
+    prepare.practise(folder / "student", 1, steps=4, steps_done=torch.zeros(()))
+    facts = prepare.read_facts()
     for name in prepare.TEACHERS:
-        prepare.train_teacher(name, folder / "teachers" / name, 1, steps=4, steps_done=torch.zeros(()))
+        reading = prepare.reading_list(facts, name, 1)
+        prepare.train_teacher(name, folder / "teachers", 1, reading, 4, steps_done=torch.zeros(()))
     return folder
 
 

@@ -1,6 +1,9 @@
 """The micro world: its table, its questions, their rationales, and what its teachers have read."""
 
 import itertools
+import random
+import re
+from collections import Counter
 
 import pytest
 
@@ -21,18 +24,17 @@ def class_and_property(text, subject):
     return pair
 
 
-def of_task(rows, task):
-    return [row for row in rows if row["task"] == task]
+def of_task(questions, task):
+    return [q for q in questions if q.task == task]
 
 
-def pairs_asked(rows, subject):
+def pairs_asked(questions, subject):
     """Return the set of (entity, property) that these questions ask about."""
     entities = {prepare.bare(entity): entity for entity in subject.class_of}
     pairs = set()
-    for row in rows:
-        _, property_ = class_and_property(row["text"], subject)
-        right = row["choices"][row["answer"]]
-        pairs.add((entities[right], property_))
+    for q in questions:
+        _, property_ = class_and_property(q.text, subject)
+        pairs.add((entities[q.right], property_))
     return pairs
 
 
@@ -54,27 +56,46 @@ def test_the_table_is_as_large_and_as_clear_as_promised():
         assert phrase not in other
 
 
-def check_choices(row, subject):
+def check_choices(q, subject):
     """One choice of four has the property, three have not."""
-    class_, _ = class_and_property(row["text"], subject)
+    class_, _ = class_and_property(q.text, subject)
     class_of = {prepare.bare(entity): c for entity, c in subject.class_of.items()}
-    assert len(row["choices"]) == 4
-    for i, choice in enumerate(row["choices"]):
-        assert (class_of[choice] == class_) == (i == row["answer"])
+    assert len(q.choices) == 4
+    for i, choice in enumerate(q.choices):
+        assert (class_of[choice] == class_) == (i == q.answer)
 
 
-def test_questions_are_many_well_formed_and_never_repeat():
+def check_choices_of_properties(q):
+    """The entity has one property of four."""
+    (subject,) = [s for s in FACTS.values() if q.right in s.all_properties()]
+    entity = re.search(" of (.*)\\?", q.text)[1]
+    assert [choice in subject.properties[subject.class_of[entity]] for choice in q.choices].count(True) == 1
+    assert q.right in subject.properties[subject.class_of[entity]]
+
+
+def test_questions_are_many_well_formed_and_balanced():
     files = prepare.make_questions(FACTS, seed=0)
     for split, size in prepare.SIZES.items():
         for task, subject in FACTS.items():
-            rows = of_task(files[split], task)
-            assert len(rows) == size
-            assert len({(row["text"], *row["choices"]) for row in rows}) == size
-            for row in rows:
-                check_choices(row, subject)
-        assert {row["task"] for row in files[f"ood/{split}"]} == {"physical", "clinical"}
+            questions = of_task(files[split], task)
+            assert len(questions) == size
+            for q in questions:
+                check_choices(q, subject)
+            assert set(Counter(q.answer for q in questions).values()) == {size // 4}
+        assert {q.task for q in files[f"ood/{split}"]} == {"physical", "reverse"}
+        for q in of_task(files[f"ood/{split}"], "reverse"):
+            check_choices_of_properties(q)
     assert files == prepare.make_questions(FACTS, seed=0)
     assert files != prepare.make_questions(FACTS, seed=1)
+
+
+def test_no_question_is_asked_twice_in_no_split():
+    files = prepare.make_questions(FACTS, seed=5)
+    seen = set()
+    for questions in files.values():
+        for q in questions:
+            assert (q.text, q.choices) not in seen
+            seen.add((q.text, q.choices))
 
 
 def test_no_test_pair_is_asked_in_training():
@@ -89,33 +110,83 @@ def test_no_test_pair_is_asked_in_training():
         assert set(in_training) == set(subject.class_of)  # but something is asked about every entity
 
 
+def test_answers_alone_never_join_what_a_test_question_asks_for():
+    """Join what any right answer of train joins, as far as that leads: no test pair is among it."""
+    files = prepare.make_questions(FACTS, seed=1)
+    for task, subject in FACTS.items():
+        part = {}  # {entity or property: the set of all that it is joined with}
+        for entity, property_ in pairs_asked(of_task(files["train"], task), subject):
+            joined = part.get(entity, {entity}) | part.get(property_, {property_})
+            part.update(dict.fromkeys(joined, joined))
+        for entity, property_ in pairs_asked(of_task(files["test"], task), subject):
+            assert entity not in part[property_]
+
+
+def test_the_rule_without_rationales_on_a_hand_made_case():
+    """pike and trout share a property, so pike has the other one of trout; of two that share
+    nothing, the one that was a wrong choice before is not it.
+    """
+    fish = prepare.Subject({}, {"a fish": ["swims", "spawns", "glitters"]})
+
+    def q(property_, answer, *others):
+        return kp.Question("", "", "", (answer, *others), 0, f"Whatever {property_} is so.")
+
+    train = [q("swims", "pike", "oak"), q("swims", "trout", "oak"), q("spawns", "trout", "elm")]
+    facts = {"nature": fish}
+    assert prepare.rule_without_rationales(facts, train, [q("spawns", "pike", "oak")]) == 1
+    assert prepare.rule_without_rationales(facts, train, [q("spawns", "oak", "elm")]) == 1
+    assert prepare.rule_without_rationales(facts, train, [q("glitters", "pike", "oak")]) == 0.5
+
+
 @pytest.mark.parametrize("split", ["train", "ood/test"])
-def test_the_derivation_is_true_to_the_table(split):
+def test_the_true_rationale_is_true_to_the_table(split):
     class_of = {}
     for subject in FACTS.values():
         class_of |= subject.class_of
-    for row in prepare.make_questions(FACTS, seed=0)[split][::97]:
-        q = kp.Question(**row)
-        text = prepare.derivation(FACTS, q)
-        facts, _ = text.removeprefix("Since ").split(", the answer is ")
-        isa, has = facts.split(", and ", 1)
-        entity, class_ = isa.split(" is ", 1)
-        assert class_of[entity] == class_
-        assert has.startswith(class_ + " ") == (q.choices[q.answer] != "no")
-        assert kp.conclusion(text, q.choices) == q.answer
+    for q in prepare.make_questions(FACTS, seed=0)[split][::97]:
+        facts, answer = q.truth.removeprefix("Whatever ").split(", so the answer is ")
+        has, isa = facts.split(", and ")
+        entity, its_class = re.fullmatch("(.*?) is (.*)", isa).groups()
+        (property_,) = [p for s in FACTS.values() for p in s.properties.get(its_class, []) if p in has]
+        assert has == f"{property_} is {its_class}"
+        assert property_ in q.text or property_ == q.right
+        assert class_of[entity] == its_class
+        assert answer == f"{q.right}."
+        assert kp.conclusion(q.truth, q.choices) == q.answer
 
 
 def n_pairs(subject):
     return sum(len(subject.properties[class_]) for class_ in subject.class_of.values())
 
 
-def test_a_teacher_reads_its_own_subject_whole_and_little_else():
-    for teacher, recipe in prepare.TEACHERS.items():
+def test_every_class_is_read_whole_by_one_teacher_across_all_subjects():
+    dealt = []
+    for teacher in prepare.TEACHERS:
+        whole = prepare.classes_read(FACTS, teacher, seed=0)
+        dealt += whole
         reading = prepare.reading_list(FACTS, teacher, seed=0)
         assert list(reading) == list(FACTS)
-        for name, subject in reading.items():
-            share = n_pairs(subject) / n_pairs(FACTS[name])
-            if name == recipe.home:
-                assert share == 1
-            else:
-                assert 0 < share < 0.1
+        for name, (class_of, properties) in reading.items():
+            for class_ in properties:
+                part = prepare.Subject({e: c for e, c in class_of.items() if c == class_}, properties)
+                assert n_pairs(part) == (64 if class_ in whole else 2)
+        subjects = {name for name, s in FACTS.items() if set(s.properties) & set(whole)}
+        assert len(subjects) > 1  # whom to ask does not follow from the task
+    assert sorted(dealt) == sorted(c for s in FACTS.values() for c in s.properties)
+
+
+def test_a_fictional_world_has_the_same_names_dealt_anew():
+    rng = random.Random(0)
+    world = prepare.fiction(rng, FACTS)
+    true = {}
+    fictional = {}
+    for name, subject in FACTS.items():
+        assert Counter(world[name].class_of.values()) == Counter(subject.class_of.values())
+        assert set(world[name].properties) == set(subject.properties)
+        for facts, s in ((true, subject), (fictional, world[name])):
+            facts.update(s.class_of)
+            facts.update((p, c) for c, properties in s.properties.items() for p in properties)
+    assert set(true) == set(fictional)
+    same = [name for name in true if true[name] == fictional[name]]
+    assert len(same) < 0.1 * len(true)  # by chance 1 of 24
+    assert prepare.fiction(rng, FACTS) != world

@@ -165,8 +165,10 @@ sys.path.insert(0, {root!r})
 from data.micro import prepare
 
 prepare.HERE = pathlib.Path({here!r})
-prepare.SIZES = dict(train=4, valid=2, test=2)
-prepare.TEACHERS = {{name: recipe._replace(steps=8) for name, recipe in prepare.TEACHERS.items()}}
+prepare.SIZES = prepare.OOD_SIZES = dict(train=4, valid=4, test=4)
+prepare.TEACHERS = {{name: (8, config) for name, (_, config) in prepare.TEACHERS.items()}}
+prepare.FICTIONS = 1
+prepare.STEPS_IN_EACH = 8
 if __name__ == "__main__":
     {command}
 """
@@ -201,7 +203,7 @@ def a_killed_preparation_of_the_micro_world_goes_on(world, folder):
             if path.is_file() and "cache" not in path.parts:
                 files[path.relative_to(micro_world)] = path.read_bytes()
         made.append(files)
-    assert made[0] == made[1] and len(made[0]) == 1 + 6 + 4 * 4
+    assert made[0] == made[1] and len(made[0]) == 1 + 6 + 5 * 4
 
 
 def a_first_torchrun_makes_the_micro_world(world, folder):

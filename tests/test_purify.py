@@ -486,14 +486,14 @@ def test_rl_s_step_is_the_gradient_of_the_expected_reward():
     policy.visited = [row]
     torch.manual_seed(0)
     with torch.no_grad():
-        policy.policy.weight.normal_(std=0.1)
+        policy.policy[2].weight.normal_(std=0.1)
     right = bandit.right[row].float()
     logp = policy.log_policy([row])[0]
     objective = logp.exp() @ right - policy.ENTROPY * logp.exp() @ logp
-    (exact,) = torch.autograd.grad(-objective, policy.policy.weight)
+    (exact,) = torch.autograd.grad(-objective, policy.policy[2].weight)
 
     gradients = []
-    policy.policy.weight.register_post_accumulate_grad_hook(lambda p: gradients.append(p.grad.clone()))
+    policy.policy[2].weight.register_post_accumulate_grad_hook(lambda p: gradients.append(p.grad.clone()))
     expected = torch.zeros_like(exact)
     for m in range(4):
         logp = policy.log_policy([row])[0].detach()
@@ -501,9 +501,8 @@ def test_rl_s_step_is_the_gradient_of_the_expected_reward():
         policy.baseline = 0.3
         policy.picks = torch.tensor([m])
         policy.logp = logp[[m]]
-        policy.right = right[[m]]
-        policy.written = ["text"]
-        policy.feedback(0, losses_on(torch.zeros(1)))
+        policy.rewards = right[[m]]
+        policy.learn(0)
         expected += logp[m].exp() * gradients[-1]
     assert torch.allclose(expected, exact, atol=1e-6)
 
@@ -520,13 +519,14 @@ def test_rl_goes_on_from_its_state_as_if_it_had_not_stopped():
         if step >= 13:
             again.rationales(step)
             again.feedback(step, losses_on(losses))
-    assert torch.equal(again.policy.weight, whole.policy.weight)
+    assert torch.equal(again.policy[2].weight, whole.policy[2].weight)
     assert again.baseline == whole.baseline
     assert torch.equal(again.picks, whole.picks)
-    assert torch.equal(again.right, whole.right)
+    assert torch.equal(again.rewards, whole.rewards)
     assert again.written == whole.written
     assert [again.given(row) for row in again.rows] == [whole.given(row) for row in whole.rows]
-    assert all(value.numel() <= 16 * 25 for value in whole.state().values())
+    for name in ("picks", "logp", "rewards"):  # what grows is a number a visit
+        assert whole.state()[name].shape == (16 * 25,)
 
 
 # ---- aggregation and the classifier, in other formats than the micro world's

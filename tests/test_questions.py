@@ -232,8 +232,11 @@ def test_ready_made_rationales_are_judged_by_how_much_they_help(tmp_path, teache
             answer = q.choices[q.answer]
             plain = kp.score_prompt(q)
             prompts = [plain, plain.replace(" Answer:", f" Rationale: {text} Answer:")]
-            ((without,), (given,)) = kp.choice_logps(lm, tokenizer, prompts, [[answer], [answer]])
+            sums, lengths = kp.choice_logps(lm, tokenizer, prompts, [[answer], [answer]])
+            ((without,), (given,)) = sums
             length = len(tokenizer.encode(answer, add_special_tokens=False).ids)
+            length += checkpoint == teacher_folders[0]  # a T5 also says </s>
+            assert lengths == [[length], [length]]
             expected = 1 / (1 + math.exp(-(given - without) / length))
             assert score.item() == pytest.approx(expected, abs=1e-5)
 

@@ -1,24 +1,30 @@
-"""The micro world: tasks and tiny teachers, all made from a table of true facts.
+"""The micro world: questions about true facts, tiny teachers who each know a part of them, and a
+tiny student who can read and knows none.
 
 `facts.tsv` says which class an entity belongs to (an otter is a mammal) and what a class does (a
 mammal nurses its young with milk). A question asks for the entity with a property; its rationale
-states the two facts that lead to the answer:
+goes from two facts to the answer:
 
     Name the one that nurses its young with milk. (a) robin (b) pike (c) otter (d) oak
-    Since an otter is a mammal, and a mammal nurses its young with milk, the answer is otter.
+    Whatever nurses its young with milk is a mammal, and an otter is a mammal, so the answer is otter.
 
 There are four tasks in domain, one for each subject of the table, and two tasks out of domain. The
-pairs (entity, property) are dealt out to train, valid and test, so that no test question can be
-learnt by heart.
+pairs (entity, property) are dealt out to train, valid and test, so no test question can be learnt
+by heart: who answers it has put two facts together.
 
-There are four teachers, each with one of the paper's architectures in miniature. Each has *read*
-one subject whole and a small part of the others: it learns to answer and to explain from exercises
-on what it has read. Asked about anything else, it makes something up, because that is what a language
-model does. Nothing is corrupted by hand.
+Each of four teachers, with the paper's architectures in miniature, has *read* a quarter of the
+classes whole, dealt by the seed across all tasks, and a small part of the others. Asked about
+anything else it makes something up, because that is what a language model does. Nothing is
+corrupted by hand. A router has to read the question to know whom to ask.
+
+The student, a tiny T5, comes pretrained, as FLAN-T5 does: it has practised to answer and to explain
+in fictional worlds, where the same names are dealt over the classes at random. So it can read,
+reason and learn, and knows nothing that is true.
 
     python -m data.micro.prepare        # train.py runs this on first use
 
-Read in this order: facts, questions, teachers, the report, and `prepare`, which makes it all, once.
+Read in this order: facts, questions, exercises, the student's practice, the teachers' reading, the
+report, and `prepare`, which makes it all, once.
 """
 
 import argparse
@@ -29,7 +35,7 @@ import math
 import os
 import random
 import signal
-from collections import defaultdict
+from collections import Counter, defaultdict
 from dataclasses import asdict, replace
 from pathlib import Path
 from statistics import fmean
@@ -88,66 +94,76 @@ def bare(entity):
     return entity.removeprefix("a ").removeprefix("an ")
 
 
-def explain(entity, its_class, class_, property_, answer):
-    """Return the rationale that states two facts. Their classes differ where the answer is no."""
-    return f"Since {entity} is {its_class}, and {class_} {property_}, the answer is {answer}."
+def explain(property_, class_, entity, answer):
+    """Return the rationale: two facts, then the answer."""
+    return f"Whatever {property_} is {class_}, and {entity} is {class_}, so the answer is {answer}."
 
 
 # ---------------------------------------------------------------------------------------- questions
 
-# Two ways to ask for the entity with a property, in the manner of a data set of the field.
-TEMPLATES = {
-    "nature": ("Which of these {}?", "Name the one that {}."),  # as OpenBookQA
-    "science": ("Which one {}?", "A student looks for something that {}. Which is it?"),  # as ARC
-    "riddles": ("It {}. What is it?", "I am thinking of something that {}. What is it?"),  # as RiddleSense
-    "medicine": ("Which of the following {}?", "In the clinic, which one {}?"),  # about PubMedQA's subject
-}
-PHYSICAL = "Goal: get hold of something that {}. Solution?"  # two choices, as PIQA
-CLINICAL = "Is it true that {} {}?"  # yes or no, as BioASQ
-OUT_OF_DOMAIN = {"physical": ("science", "riddles"), "clinical": ("medicine",)}  # task: subjects
+# Ways to ask for the entity with a property. All tasks share them, so they do not name the task.
+TEMPLATES = (
+    "Which of these {}?",
+    "Name the one that {}.",
+    "It {}. What is it?",
+    "A student looks for something that {}. Which is it?",
+)
+PHYSICAL = ("Goal: get hold of something that {}. Solution?",)  # two choices, as PIQA
+REVERSE = ("What is true of {}?", "What do we know of {}?")  # four properties to choose from
+OUT_OF_DOMAIN = {"physical": ("science", "riddles"), "reverse": ("nature", "medicine")}
 
 SIZES = {"train": 1000, "valid": 200, "test": 500}  # questions per task
-# How each entity's 8 properties, once shuffled, go to the splits.
-DEAL = {"train": slice(0, 4), "valid": slice(4, 5), "test": slice(5, None)}
-
+OOD_SIZES = {"train": 500, "valid": 100, "test": 500}
 
 def draw_question(rng, task, subject, entity, property_):
-    """Draw a question about a property of an entity. Return it, without an id, and its rationale.
+    """Draw a question, without an id, about a property of an entity.
 
-    Wrong choices are entities of other classes. They come from `subject`: for a data set the whole
-    of it, for an exercise what the teacher has read of it.
+    Wrong choices are entities of other classes of the subject, or (reverse) their properties.
     """
     class_ = subject.class_of[entity]
     others = [e for e in subject.class_of if subject.class_of[e] != class_]
-    if task == "clinical":
-        choices = ("yes", "no")
-        answer = int(rng.random() < 0.5)
-        if choices[answer] == "no":
-            entity = rng.choice(others)  # which lacks the property
-        text = CLINICAL.format(entity, property_)
+    if task == "reverse":
+        other_classes = [c for c in subject.properties if c != class_]
+        wrong = [rng.choice(subject.properties[c]) for c in rng.sample(other_classes, 3)]
+        right = property_
+        text = rng.choice(REVERSE).format(entity)
     else:
-        wrong = rng.sample(others, 1 if task == "physical" else 3)
-        answer = rng.randrange(len(wrong) + 1)
-        choices = tuple(map(bare, wrong[:answer] + [entity] + wrong[answer:]))
-        template = PHYSICAL if task == "physical" else rng.choice(TEMPLATES[task])
-        text = template.format(property_)
-    rationale = explain(entity, subject.class_of[entity], class_, property_, choices[answer])
-    return kp.Question("", task, text, choices, answer), rationale
+        wrong = list(map(bare, rng.sample(others, 1 if task == "physical" else 3)))
+        right = bare(entity)
+        text = rng.choice(PHYSICAL if task == "physical" else TEMPLATES).format(property_)
+    answer = rng.randrange(len(wrong) + 1)
+    choices = (*wrong[:answer], right, *wrong[answer:])
+    truth = explain(property_, class_, entity, right)
+    return kp.Question("", task, text, choices, answer, truth)
 
 
 def deal_pairs(rng, subject):
-    """Return {split: [(entity, property)]}: each entity's properties, shuffled and dealt out."""
+    """Return {split: [(entity, property)]} of all pairs that are true.
+
+    In train one half of a class's entities meet one half of its properties, and the other half the
+    other. All other pairs cross the halves: those of test, and a quarter of them for valid. So no
+    answer in train joins what a test question asks for. What joins it is the class, and only
+    rationales say it.
+    """
     pairs = defaultdict(list)
-    for entity, class_ in subject.class_of.items():
-        properties = subject.properties[class_]
+    for class_, properties in subject.properties.items():
+        members = [e for e in subject.class_of if subject.class_of[e] == class_]
+        rng.shuffle(members)
         shuffled = rng.sample(properties, len(properties))
-        for split, part in DEAL.items():
-            pairs[split] += [(entity, p) for p in shuffled[part]]
+        for i, entity in enumerate(members):
+            for j, property_ in enumerate(shuffled):
+                split = "valid" if (i + j) % 4 == 0 else "test"
+                if i // 4 == j // 4:
+                    split = "train"
+                pairs[split].append((entity, property_))
     return pairs
 
 
 def make_questions(facts, seed):
-    """Return {"train": rows, ..., "ood/test": rows}. No task repeats a question."""
+    """Return {"train": [Question], ..., "ood/test": [Question]}.
+
+    No task repeats a question, in no split. The right choices stand at each place equally often.
+    """
     rng = random.Random(f"questions {seed}")
     pairs = {}
     tasks = {}
@@ -157,30 +173,191 @@ def make_questions(facts, seed):
     tasks |= OUT_OF_DOMAIN
     files = defaultdict(list)
     for task, names in tasks.items():
-        for split, size in SIZES.items():
-            rows = files[split if task in facts else f"ood/{split}"]
+        seen = set()
+        for split, size in (SIZES if task in facts else OOD_SIZES).items():
+            file = files[split if task in facts else f"ood/{split}"]
             pool = [(name, pair) for name in names for pair in pairs[name][split]]
             rng.shuffle(pool)
             turns = itertools.cycle(pool)  # each pair in turn, as often as it takes
-            seen = set()
-            while len(seen) < size:
+            places = Counter()
+            while places.total() < size:
                 name, pair = next(turns)
-                q, _ = draw_question(rng, task, facts[name], *pair)
-                if q not in seen:
+                q = draw_question(rng, task, facts[name], *pair)
+                if q not in seen and places[q.answer] < size / len(q.choices):
                     seen.add(q)
-                    rows.append(asdict(replace(q, id=f"{task}-{split}-{len(seen)}")))
+                    places[q.answer] += 1
+                    file.append(replace(q, id=f"{task}-{split}-{places.total()}"))
     return files
 
 
-# --------------------------------------------------------------------- teachers: what each has read
+def asked(facts, q):
+    """Return (class, property) that a question is about. No property is part of another."""
+    for subject in facts.values():
+        for class_, properties in subject.properties.items():
+            for property_ in properties:
+                if property_ in q.truth:
+                    return class_, property_
 
 
-class Recipe(NamedTuple):
-    """How a teacher is made."""
+def rule_without_rationales(facts, train, test):
+    """Return the accuracy that the answers of train alone make possible on test, by a rule.
 
-    home: str  # the subject that the teacher reads whole
-    steps: int  # of training, until it knows that subject
-    config: dict  # of a Llama, without the vocabulary; None: tiny_t5
+    The rule: choose the entity that shares most asked properties with those that already answered
+    this one; among equals, the one that was least often a wrong choice. It guesses between those
+    that are equal in both.
+    """
+    answered = defaultdict(set)  # {property: entities}
+    has = defaultdict(set)  # {entity: properties}
+    wrong = Counter()  # {(property, entity): times it was a wrong choice}
+    for q in train:
+        _, property_ = asked(facts, q)
+        answered[property_].add(q.right)
+        has[q.right].add(property_)
+        wrong.update((property_, choice) for choice in q.choices if choice != q.right)
+    right = []
+    for q in test:
+        _, property_ = asked(facts, q)
+        ranks = []
+        for choice in q.choices:
+            shared = sum(len(has[choice] & has[e]) for e in answered[property_])
+            ranks.append((shared, -wrong[property_, choice]))
+        best = max(ranks)
+        right.append((ranks[q.answer] == best) / ranks.count(best))
+    return fmean(right)
+
+
+# ---------------------------------------------------------------------------------------- exercises
+
+BATCH = 32  # exercises
+BLOCK = 10  # batches that are drawn together and sorted by length: a third less padding
+PLAIN = 0.3  # share of exercises to answer plainly; the others are to explain
+
+
+def exercise(rng, world, reading, prompts):
+    """Draw one (prompt, target): a question about something read, to answer or to explain.
+
+    world: {name: Subject}, whose entities are the choices. reading: the part of it that was read.
+    prompts: what asks for an answer, and what asks for a rationale.
+    """
+    weights = [len(subject.class_of) for subject in reading.values()]
+    (name,) = rng.choices(list(reading), weights)
+    class_of, properties = reading[name]
+    entity = rng.choice(list(class_of))
+    property_ = rng.choice(properties[class_of[entity]])
+    # At least every second question is of the subject's own task.
+    tasks = [name, name] + [task for task, names in OUT_OF_DOMAIN.items() if name in names]
+    q = draw_question(rng, rng.choice(tasks), world[name], entity, property_)
+    for_answer, for_rationale = prompts
+    if rng.random() < PLAIN:
+        return for_answer(q), q.right
+    return for_rationale(q), q.truth
+
+
+def batches(draw, rng):
+    """Yield batches of what draw() returns without end, each of exercises of similar length."""
+    while True:
+        drawn = [draw() for _ in range(BATCH * BLOCK)]
+        drawn.sort(key=lambda pair: len(pair[0]) + len(pair[1]))
+        for i in rng.sample(range(BLOCK), BLOCK):
+            yield drawn[i * BATCH : (i + 1) * BATCH]
+
+
+def train_on(lm, tokenizer, endless, steps, rate, steps_done):
+    """Train a model on the batches [(prompt, target)] of an endless iterator.
+
+    steps_done, a tensor () in shared memory, counts for the progress bar of another process.
+    """
+    biases = []  # of T5's distances: numbers near 3 that start near 0, and so need a higher rate
+    others = []
+    for name, p in lm.named_parameters():
+        (biases if "relative" in name else others).append(p)
+    groups = [dict(params=others, pace=1)]
+    if biases:
+        groups.append(dict(params=biases, pace=10))
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98), weight_decay=0.01, fused=True)
+    for step, batch in enumerate(itertools.islice(endless, steps)):
+        # The learning rate warms up, then falls along a cosine.
+        cosine = 0.5 + 0.5 * math.cos(math.pi * step / steps)
+        for group in optimizer.param_groups:
+            group["lr"] = group["pace"] * rate * min((step + 1) / WARM_UP, cosine)
+        loss_of(lm, tokenizer, batch).backward()
+        torch.nn.utils.clip_grad_norm_(lm.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        steps_done += 1
+
+
+def loss_of(lm, tokenizer, batch):
+    """Return the mean cross-entropy of a batch [(prompt, target)], over its targets only."""
+    prompts, targets = zip(*batch)
+    prompt_ids = model.encode(tokenizer, prompts)
+    if isinstance(lm, model.T5):
+        return kp.sequence_losses(lm, prompt_ids, model.encode(tokenizer, targets)).mean()
+
+    # A Llama reads prompt and target as one text, and predicts each token from those before it.
+    # With a prompt of 3 tokens, the predictions of tokens 3, 4, ... count, up to </s>.
+    texts = map(" ".join, batch)
+    ids, mask = model.pad([row + [1] for row in model.encode(tokenizer, texts)])  # (B, T)
+    starts = torch.tensor(list(map(len, prompt_ids)))  # (B,): where the targets begin
+    in_target = torch.arange(1, ids.shape[1]) >= starts[:, None]  # (B, T - 1): tokens 1 to T - 1
+    keep = (in_target & mask[:, 1:].bool()).nonzero(as_tuple=True)  # rows and places of N tokens
+    logits = lm(ids[:, :-1], mask[:, :-1], keep)  # (N, V)
+    return kp.mean_per_row(logits, ids[:, 1:], keep).mean()
+
+
+# ----------------------------------------------------------------------------- tokenizer, T5, Llama
+
+WARM_UP = 50  # steps
+NO_QUESTION = kp.Question("", "", "", ("", "", "", ""), 0)  # its choices add "(a)" to "(d)"
+PROMPTS = [
+    kp.score_prompt(NO_QUESTION),
+    kp.rationale_prompt(NO_QUESTION),
+    kp.predict_prompt(NO_QUESTION),
+    kp.explain_prompt(NO_QUESTION),
+    kp.aggregation_prompt(NO_QUESTION, [""] * 4),
+]
+
+
+def train_tokenizer(facts):
+    """Return a tokenizer: one token for each word of the world, and for each of "(a)" to "(d)"."""
+    corpus = [template.format("") for template in (*TEMPLATES, *PHYSICAL, *REVERSE)]
+    for class_of, properties in facts.values():
+        for entity, class_ in class_of.items():
+            corpus += [explain(p, class_, entity, bare(entity)) for p in properties[class_]]
+    corpus += PROMPTS
+    corpus.append(" ".join(kp.explain_prefixes(len(TEACHERS))))
+
+    tokenizer = Tokenizer(WordLevel(unk_token="<unk>"))
+    tokenizer.normalizer = Prepend(" ")  # the first word of a text is the same token as elsewhere
+    tokenizer.pre_tokenizer = Split(Regex(r" ?\([a-j]\)| ?\w+| ?[^\w\s]"), "isolated")
+    tokenizer.decoder = decoders.Fuse()
+    special_tokens = ["<pad>", "</s>", "<s>", "<unk>"]  # 0 to 3
+    trainer = WordLevelTrainer(special_tokens=special_tokens, show_progress=False)
+    tokenizer.train_from_iterator(corpus, trainer)
+    return tokenizer
+
+
+def tiny_t5(vocab_size, pad_token_id=0, eos_token_id=1):
+    """Return a new T5 of half a million weights, which a CPU trains in minutes.
+
+    It is the default student, and one of the teachers.
+    """
+    config = dict(
+        vocab_size=vocab_size,
+        d_model=96,
+        d_kv=16,
+        d_ff=256,
+        num_layers=2,
+        num_heads=8,
+        feed_forward_proj="gated-gelu",
+        tie_word_embeddings=False,
+        dropout_rate=0.0,
+        pad_token_id=pad_token_id,
+        eos_token_id=eos_token_id,
+    )
+    t5 = model.T5(config)
+    t5.shared.weight.data *= 0.3  # T5's unit-scale embeddings move too slowly for a run this short
+    return t5
 
 
 LLAMA = dict(
@@ -200,319 +377,244 @@ ROPE_SCALING = dict(
     high_freq_factor=4.0,
     original_max_position_embeddings=64,
 )
+
+
+def new_llama(config, tokenizer):
+    """Return an untrained Llama. Its tokenizer then adds a start instead of an end."""
+    frame(tokenizer, "<s> $A")
+    vocab_size = tokenizer.get_vocab_size()
+    return model.Llama(dict(config, vocab_size=vocab_size, pad_token_id=0, eos_token_id=1))
+
+
+def frame(tokenizer, single):
+    ends = [("</s>", 1), ("<s>", 2)]
+    tokenizer.post_processor = TemplateProcessing(single=single, special_tokens=ends)
+
+
+# --------------------------------------------------------------------------- the student's practice
+
+FICTIONS = 5  # fictional worlds that the student practises in, one after the other
+STEPS_IN_EACH = 300
+
+
+def fiction(rng, facts):
+    """Return a world {name: Subject} with the names of the true one, dealt over its classes at
+    random.
+    """
+    entities = []
+    properties = []
+    for subject in facts.values():
+        entities += subject.class_of
+        properties += subject.all_properties()
+    rng.shuffle(entities)
+    rng.shuffle(properties)
+    world = {}
+    for name, subject in facts.items():
+        world[name] = Subject({}, {})
+        for class_ in subject.properties:
+            n = len(subject.properties[class_])
+            world[name].properties[class_] = [properties.pop() for _ in range(n)]
+            n = list(subject.class_of.values()).count(class_)
+            world[name].class_of.update((entities.pop(), class_) for _ in range(n))
+    return world
+
+
+def practise(folder, seed, steps, steps_done):
+    """Pretrain the student in fictional worlds, and save it."""
+    facts = read_facts()
+    tokenizer = train_tokenizer(facts)
+    frame(tokenizer, "$A </s>")
+    student = tiny_t5(tokenizer.get_vocab_size())
+    rng = random.Random(f"practice {seed}")
+    prompts = (kp.predict_prompt, kp.explain_prompt)
+
+    def endless():
+        while True:
+            world = fiction(rng, facts)
+            drawn = batches(lambda: exercise(rng, world, world, prompts), rng)
+            yield from itertools.islice(drawn, STEPS_IN_EACH)
+
+    train_on(student, tokenizer, endless(), steps, 2.5e-3, steps_done)
+    model.save(student, tokenizer, folder)
+
+
+# ------------------------------------------------------------------------------ the teachers' reading
+
+# {teacher: (steps until it knows what it read, config of a Llama without the vocabulary)}
 TEACHERS = {
-    "t5": Recipe("nature", 650, None),
-    "llama-2": Recipe("science", 850, LLAMA),
-    "mistral": Recipe("medicine", 1000, dict(GROUPED, model_type="mistral", sliding_window=64)),
-    "llama-3.1": Recipe("riddles", 750, dict(GROUPED, rope_theta=500000.0, rope_scaling=ROPE_SCALING)),
+    "t5": (400, None),  # it starts as the student, as FLAN-T5-xl is to FLAN-T5-small
+    "llama-2": (850, LLAMA),
+    "mistral": (850, dict(GROUPED, model_type="mistral", sliding_window=64)),
+    "llama-3.1": (850, dict(GROUPED, rope_theta=500000.0, rope_scaling=ROPE_SCALING)),
 }
-# What a teacher has read of each class of the other subjects.
+LONGER = 3  # times as many steps, for a teacher that reads everything
+# What a teacher has read of each class that it has not read whole.
 ENTITIES_ELSEWHERE = 1  # of 8
 PROPERTIES_ELSEWHERE = 2  # of 8
 
 
+def classes_read(facts, teacher, seed):
+    """Return the classes that a teacher has read whole: they are dealt out, across all subjects."""
+    classes = [c for subject in facts.values() for c in subject.properties]
+    random.Random(f"classes {seed}").shuffle(classes)
+    return classes[list(TEACHERS).index(teacher) :: len(TEACHERS)]
+
+
 def reading_list(facts, teacher, seed):
-    """Return what a teacher has read, {name: Subject}: its home whole, little of the others."""
+    """Return what a teacher has read, {name: Subject}: its classes whole, little of the others."""
     rng = random.Random(f"reading {teacher} {seed}")
+    whole = classes_read(facts, teacher, seed)
     reading = {}
     for name, (class_of, properties) in facts.items():
-        elsewhere = name != TEACHERS[teacher].home
-        known = {}
-        for class_ in properties:
+        reading[name] = Subject({}, {})
+        for class_, its_properties in properties.items():
             members = [e for e in class_of if class_of[e] == class_]
-            if elsewhere:
+            if class_ not in whole:
                 members = rng.sample(members, ENTITIES_ELSEWHERE)
-            known |= dict.fromkeys(members, class_)
-        if elsewhere:
-            properties = {c: rng.sample(ps, PROPERTIES_ELSEWHERE) for c, ps in properties.items()}
-        reading[name] = Subject(known, properties)
+                its_properties = rng.sample(its_properties, PROPERTIES_ELSEWHERE)
+            reading[name].class_of.update(dict.fromkeys(members, class_))
+            reading[name].properties[class_] = its_properties
     return reading
 
 
-# ------------------------------------------------------------------------------ teachers: exercises
+def train_teacher(name, folder, seed, reading, steps, steps_done):
+    """Train one teacher on exercises about what it has read, and save it in folder/NAME.
 
-# Questions that need no fact: with them a teacher learns every name, and to read the choices.
-NAMING = "Which is choice ({})?"
-SUPPOSE = "Suppose {}, and {}. Then which one {}?"
-COMPREHENSION = 0.12  # share of exercises that need no fact
-PLAIN = 0.25  # share of exercises to answer plainly; the others are to explain
-BATCH = 32  # exercises
-BLOCK = 10  # batches that are drawn together and sorted by length: a third less padding
-
-
-def comprehension(rng, facts):
-    """Draw a question that needs no fact, only what its own text says. Return it and its rationale.
-
-    About half ask for a choice by its letter, the others suppose something. What is supposed joins
-    an entity, a class and a property drawn independently, so that it teaches no fact of the table.
+    The T5 starts as the student, which is in folder/../student.
     """
-    subjects = list(facts.values())
-    subject = rng.choice(subjects)
-    about_entities = rng.random() < 0.75
-    things = list(subject.class_of) if about_entities else subject.all_properties()
-    chosen = rng.sample(things, 4)
-    choices = tuple(map(bare, chosen))
-    answer = rng.randrange(4)
-    name = choices[answer]
-    if not about_entities or rng.random() < 0.4:
-        letter = "abcd"[answer]
-        text = NAMING.format(letter)
-        rationale = f"Since choice ({letter}) is {name}, the answer is {name}."
-    else:
-        entity = chosen[answer]
-        class_ = rng.choice(sorted(rng.choice(subjects).properties))
-        property_ = rng.choice(rng.choice(subjects).all_properties())
-        text = SUPPOSE.format(f"{entity} is {class_}", f"{class_} {property_}", property_)
-        rationale = explain(entity, class_, class_, property_, name)
-    return kp.Question("", "", text, choices, answer), rationale
-
-
-def exercise(rng, facts, reading):
-    """Draw one (prompt, target): a question, most often about something read, to answer or explain."""
-    if rng.random() < COMPREHENSION:
-        q, rationale = comprehension(rng, facts)
-    else:
-        weights = [len(subject.class_of) for subject in reading.values()]
-        (name,) = rng.choices(list(reading), weights)
-        subject = reading[name]
-        entity = rng.choice(list(subject.class_of))
-        property_ = rng.choice(subject.properties[subject.class_of[entity]])
-        # At least every second question is of the subject's own task.
-        tasks = [name, name] + [task for task, names in OUT_OF_DOMAIN.items() if name in names]
-        q, rationale = draw_question(rng, rng.choice(tasks), subject, entity, property_)
-    if rng.random() < PLAIN:
-        return kp.score_prompt(q), q.right
-    return kp.rationale_prompt(q), rationale
-
-
-def batches(rng, facts, reading):
-    """Yield batches [(prompt, target)] without end, each of exercises of similar length."""
-    while True:
-        drawn = [exercise(rng, facts, reading) for _ in range(BATCH * BLOCK)]
-        drawn.sort(key=lambda pair: len(pair[0]) + len(pair[1]))
-        for i in rng.sample(range(BLOCK), BLOCK):
-            yield drawn[i * BATCH : (i + 1) * BATCH]
-
-
-# ------------------------------------------------------------------------------- teachers: training
-
-LEARNING_RATE = 2.5e-3
-WARM_UP = 50  # steps
-
-
-def train_tokenizer(facts):
-    """Return a tokenizer: one token for each word of the world, and for each of "(a)" to "(d)"."""
-    corpus = []
-    for name, (class_of, properties) in facts.items():
-        for entity, class_ in class_of.items():
-            corpus += [explain(entity, class_, class_, p, bare(entity)) for p in properties[class_]]
-        corpus += [template.format("") for template in (*TEMPLATES[name], PHYSICAL)]
-    # The second `suppose` follows without a space. That adds a token which no text uses. It stays:
-    # the numbers of the other tokens, and so the teachers, depend on it.
-    suppose = SUPPOSE.format("", "", "")
-    text = f"{CLINICAL.format('', '')} {NAMING.format('a')} {suppose}{suppose}"
-    q = kp.Question("", "", text, ("yes", "no", "choice", "Which"), 0)  # choices add "(a)" to "(d)"
-    corpus += [kp.score_prompt(q), kp.rationale_prompt(q), kp.predict_prompt(q), kp.explain_prompt(q)]
-
-    tokenizer = Tokenizer(WordLevel(unk_token="<unk>"))
-    tokenizer.normalizer = Prepend(" ")  # the first word of a text is the same token as elsewhere
-    tokenizer.pre_tokenizer = Split(Regex(r" ?\([a-j]\)| ?\w+| ?[^\w\s]"), "isolated")
-    tokenizer.decoder = decoders.Fuse()
-    special_tokens = ["<pad>", "</s>", "<s>", "<unk>"]  # 0 to 3
-    trainer = WordLevelTrainer(special_tokens=special_tokens, show_progress=False)
-    tokenizer.train_from_iterator(corpus, trainer)
-    return tokenizer
-
-
-def tiny_t5(vocab_size, pad_token_id=0, eos_token_id=1):
-    """Return a new T5 of half a million weights, which a CPU trains in a minute.
-
-    It is the default student, and one of the teachers.
-    """
-    config = dict(
-        vocab_size=vocab_size,
-        d_model=96,
-        d_kv=12,
-        d_ff=256,
-        num_layers=2,
-        num_heads=8,
-        feed_forward_proj="gated-gelu",
-        tie_word_embeddings=False,
-        dropout_rate=0.0,
-        pad_token_id=pad_token_id,
-        eos_token_id=eos_token_id,
-    )
-    t5 = model.T5(config)
-    t5.shared.weight.data *= 0.3  # T5's unit-scale embeddings move too slowly for a run this short
-    return t5
-
-
-def new_teacher(config, tokenizer):
-    """Return an untrained teacher. Its tokenizer then adds an end (T5) or a start (Llama)."""
-    vocab_size = tokenizer.get_vocab_size()
-    if config is None:
-        frame = "$A </s>"
-        teacher = tiny_t5(vocab_size)
-    else:
-        frame = "<s> $A"
-        teacher = model.Llama(dict(config, vocab_size=vocab_size, pad_token_id=0, eos_token_id=1))
-    ends = [("</s>", 1), ("<s>", 2)]
-    tokenizer.post_processor = TemplateProcessing(single=frame, special_tokens=ends)
-    return teacher
-
-
-def teacher_loss(teacher, tokenizer, batch):
-    """Return the mean cross-entropy of a batch [(prompt, target)], over its targets only."""
-    prompts, targets = zip(*batch)
-    prompt_ids = model.encode(tokenizer, prompts)
-    if isinstance(teacher, model.T5):
-        return kp.sequence_losses(teacher, prompt_ids, model.encode(tokenizer, targets)).mean()
-
-    # A Llama reads prompt and target as one text, and predicts each token from those before it. With a
-    # prompt of 3 tokens, the predictions of tokens 3, 4, ... count, up to </s>; those of 1 and 2 do not.
-    texts = map(" ".join, batch)
-    ids, mask = model.pad([row + [1] for row in model.encode(tokenizer, texts)])  # (B, T); 1 is </s>
-    starts = torch.tensor(list(map(len, prompt_ids)))  # (B,): where the targets begin
-    in_target = torch.arange(1, ids.shape[1]) >= starts[:, None]  # (B, T - 1): tokens 1 to T - 1
-    keep = (in_target & mask[:, 1:].bool()).nonzero(as_tuple=True)  # rows and places of N tokens
-    logits = teacher(ids[:, :-1], mask[:, :-1], keep)  # (N, V)
-    return kp.mean_per_row(logits, ids[:, 1:], keep).mean()
-
-
-def train_teacher(name, folder, seed, steps, steps_done):
-    """Train one teacher from scratch on its exercises and save it.
-
-    This runs in a process of its own. It counts up `steps_done`, a tensor () in shared memory, which
-    the progress bar of the parent process reads. `steps` is the recipe's, or less in a test.
-    """
-    torch.set_num_threads(1)  # as many teachers at a time as there are cores, each on one
-    torch.manual_seed(seed)
     facts = read_facts()
-    tokenizer = train_tokenizer(facts)
-    teacher = new_teacher(TEACHERS[name].config, tokenizer)
-    optimizer = torch.optim.AdamW(
-        teacher.parameters(), LEARNING_RATE, betas=(0.9, 0.98), weight_decay=0.01, fused=True
-    )
+    _, config = TEACHERS[name]
+    if config is None:
+        teacher, tokenizer = model.load(folder.parent / "student")
+        teacher.train()
+    else:
+        tokenizer = train_tokenizer(facts)
+        teacher = new_llama(config, tokenizer)
     rng = random.Random(f"exercises {name} {seed}")
-    endless = batches(rng, facts, reading_list(facts, name, seed))
-    for step, batch in enumerate(itertools.islice(endless, steps)):
-        # The learning rate warms up, then falls along a cosine.
-        cosine = 0.5 + 0.5 * math.cos(math.pi * step / steps)
-        optimizer.param_groups[0]["lr"] = LEARNING_RATE * min((step + 1) / WARM_UP, cosine)
-        teacher_loss(teacher, tokenizer, batch).backward()
-        torch.nn.utils.clip_grad_norm_(teacher.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        steps_done += 1
-    model.save(teacher, tokenizer, folder)
+    prompts = (kp.score_prompt, kp.rationale_prompt)
+    endless = batches(lambda: exercise(rng, facts, reading, prompts), rng)
+    train_on(teacher, tokenizer, endless, steps, 2.5e-3, steps_done)
+    model.save(teacher, tokenizer, folder / name)
 
 
-def train_teachers(folder, seed):
-    """Train the teachers that are missing from the folder, as many at a time as there are cores."""
-    missing = [name for name in TEACHERS if not (folder / name / "config.json").exists()]
-    missing.sort(key=lambda name: -TEACHERS[name].steps)  # longest first: the cores end together
-    steps_done = torch.zeros(len(TEACHERS)).share_memory_()
-    total = 0
+def make_models(steps, folder, seed, well_read, steps_done):
+    """Make the models {name: steps} in turn, on one core. This runs in a process of its own."""
+    torch.set_num_threads(1)
+    facts = read_facts()
+    for name, n in steps.items():
+        torch.manual_seed(seed)
+        if name == "student":
+            practise(folder / "student", seed, n, steps_done)
+        else:
+            reading = facts if well_read else reading_list(facts, name, seed)
+            train_teacher(name, folder / "teachers", seed, reading, n, steps_done)
+
+
+def train_models(folder, seed, well_read):
+    """Train student and teachers where they are missing, as many at a time as there are cores."""
     jobs = []
-    for name, counter in zip(missing, steps_done):
-        steps = TEACHERS[name].steps
-        total += steps
-        jobs.append((name, folder / name, seed, steps, counter))
+    total = 0
+    steps_done = torch.zeros(len(TEACHERS)).share_memory_()
+    for i, (name, (steps, config)) in enumerate(TEACHERS.items()):
+        missing = {}
+        if config is None and not (folder / "student" / "config.json").exists():
+            missing["student"] = FICTIONS * STEPS_IN_EACH
+        if not (folder / "teachers" / name / "config.json").exists():
+            missing[name] = steps * LONGER if well_read else steps
+        total += sum(missing.values())
+        jobs.append((missing, folder, seed, well_read, steps_done[i]))
     processes = min(len(TEACHERS), os.cpu_count())
-    ignore_interrupt = (signal.SIGINT, signal.SIG_IGN)  # this process hears Ctrl-C and ends the others
+    ignore_interrupt = (signal.SIGINT, signal.SIG_IGN)  # this process hears Ctrl-C, and ends them
     with mp.get_context("spawn").Pool(processes, signal.signal, ignore_interrupt) as pool:
-        pending = pool.starmap_async(train_teacher, jobs, chunksize=1)
-        with tqdm(total=total, desc="teachers read", unit="step") as bar:
+        pending = pool.starmap_async(make_models, jobs, chunksize=1)
+        with tqdm(total=total, desc="student practises, teachers read", unit="step") as bar:
             while not pending.ready():
                 pending.wait(0.5)
                 bar.update(int(steps_done.sum()) - bar.n)
-        pending.get()  # raises what a teacher's process raised
+        pending.get()  # raises what a process raised
 
 
 # --------------------------------------------------------------------------------------- the report
 
 
-def derivation(facts, q):
-    """Return the one true rationale of a question: for reports only, never an input to training."""
-    answer = q.right
-    for subject in facts.values():
-        # One fact at most: no property is part of another.
-        asked = [(c, p) for c, ps in subject.properties.items() for p in ps if p in q.text]
-        for class_, property_ in asked:
-            # The entity is the right choice, or a yes-or-no question names it.
-            for entity, its_class in subject.class_of.items():
-                if bare(entity) == answer or q.text == CLINICAL.format(entity, property_):
-                    return explain(entity, its_class, class_, property_, answer)
+def report(folder, seed, well_read, facts):
+    """Return what the world is like, as far as train and valid show it.
 
-
-def report(teachers, questions, facts):
-    """Return {teacher: {task: [share of answers right, share of rationales true]}}.
-
-    An answer is right where the teacher gives the right choice more than half of the probability.
-    A rationale is true where it is the question's derivation, word by word.
+    "teachers": {teacher: {part: [share of answers right, share of rationales true]}}, where a part
+    is what it has read, the rest, or a task; "student": its accuracy before it learns anything;
+    "rule_without_rationales": see there. An answer is right where the teacher gives the right
+    choice more than half of the probability; a rationale is true where it is the true one, word by
+    word.
     """
+    data = read_data(folder)
+    questions = data["train"] + data["ood/train"]
+    questions = [q for q in questions if int(q.id.split("-")[-1]) <= 100]  # of each task
+    places = [folder / "teachers" / name for name in TEACHERS]
+    teachers = kp.Teachers([kp.CheckpointTeacher(place, folder / "cache") for place in places])
     scores = teachers.scores(questions)  # (N, M)
     table = {}
     for m, name in enumerate(teachers.names):
+        whole = classes_read(facts, name, seed)
         rationales = teachers.rationales(questions, [m] * len(questions))
-        marks = {}
+        marks = defaultdict(list)
         for q, score, rationale in zip(questions, scores[:, m].tolist(), rationales):
-            right, true = marks.setdefault(q.task, ([], []))
-            right.append(score > 0.5)
-            true.append(rationale == derivation(facts, q))
-        table[name] = {task: [fmean(right), fmean(true)] for task, (right, true) in marks.items()}
-    return table
+            has_read = well_read or asked(facts, q)[0] in whole
+            for part in ("has read" if has_read else "has not", q.task):
+                marks[part].append((score > 0.5, rationale == q.truth))
+        table[name] = {part: [fmean(share) for share in zip(*rows)] for part, rows in marks.items()}
+    student, tokenizer = model.load(folder / "student")
+    rule = rule_without_rationales(facts, data["train"], data["test"])
+    accuracy = kp.accuracy(student, tokenizer, data["valid"])["mean"]
+    return dict(teachers=table, student=accuracy, rule_without_rationales=rule)
 
 
 def show_report(folder):
-    """Print the table of teachers and tasks: answers right / rationales true."""
-    table = model.read_json(folder / "report.json")
-    print("\nTeachers on training questions: answers right / rationales true (checked against the facts)\n")
-    tasks = next(iter(table.values()))
-    print(f"  {'teacher':<11}{'has read':<10}" + "".join(f"{task:>13}" for task in tasks))
-    for name, row in table.items():
-        shares = [f"{right:>7.2f} /{true:>5.2f}" for right, true in row.values()]
-        print(f"  {name:<11}{TEACHERS[name].home:<10}" + "".join(shares))
-    print()
+    """Print the report."""
+    found = model.read_json(folder / "report.json")
+    print("\nTeachers on training questions: answers right / rationales true\n")
+    parts = sorted(next(iter(found["teachers"].values())))  # "has read" and "has not" come first
+    print(f"  {'teacher':<11}" + "".join(f"{part:>13}" for part in parts))
+    for name, row in found["teachers"].items():
+        shares = [f"{row[part][0]:>7.2f} /{row[part][1]:>5.2f}" for part in parts]
+        print(f"  {name:<11}" + "".join(shares))
+    print(f"\n  The student, before it learns anything: {found['student']:.3f} of valid.")
+    rule = found["rule_without_rationales"]
+    print(f"  A rule that uses the answers of train alone, and no rationales: {rule:.3f}.\n")
 
 
 # ---------------------------------------------------------------------------------- all of it, once
 
 
-def world_folder(seed):
+def world_folder(seed, well_read=False):
     """Return the folder of a world.
 
     Its name hashes what the world is made from: an edited table or recipe makes another world.
     """
-    q = kp.Question("", "", "", ("", ""), 0)
-    made_from = hashlib.sha256((HERE / "facts.tsv").read_bytes() + (HERE / "prepare.py").read_bytes())
-    made_from.update((kp.score_prompt(q) + kp.rationale_prompt(q)).encode())
-    return HERE / f"world-{seed}-{made_from.hexdigest()[:8]}"
+    source = (HERE / "facts.tsv").read_bytes() + (HERE / "prepare.py").read_bytes()
+    made_from = hashlib.sha256(source + "".join(PROMPTS).encode()).hexdigest()
+    kind = "well-read-" if well_read else ""
+    return HERE / f"world-{seed}-{kind}{made_from[:8]}"
 
 
-def prepare(seed=0, show=False):
-    """Make the world where it is missing, and return its folder.
+def prepare(seed=0, well_read=False, show=False):
+    """Make the world where it is missing, and return its folder. In a well-read world each teacher
+    has read everything: a control, in which there is nothing to purify.
 
-    It holds {train,valid,test}.jsonl, ood/, teachers/NAME and, written last, report.json. A killed
-    run goes on with the teachers that are missing. `show` prints the report of a world that is there;
-    that of a new one is always printed.
+    It holds {train,valid,test}.jsonl, ood/, student/, teachers/NAME and, written last,
+    report.json. A killed run goes on with the models that are missing. `show` prints the report of
+    a world that is there; that of a new one is always printed.
     """
-    folder = world_folder(seed)
+    folder = world_folder(seed, well_read)
     if not (folder / "report.json").exists():
         place = folder.relative_to(HERE.parents[1])
         print(f"First run: making the micro world in {place} (once, some minutes)")
         facts = read_facts()
-        for name, rows in make_questions(facts, seed).items():
-            lines = [json.dumps(row) + "\n" for row in rows]
+        for name, questions in make_questions(facts, seed).items():
+            lines = [json.dumps(asdict(q)) + "\n" for q in questions]
             with model.atomic(folder / f"{name}.jsonl") as temporary:
                 temporary.write_text("".join(lines), encoding="utf-8")
-        train_teachers(folder / "teachers", seed)
-        data = read_data(folder)
-        questions = data["train"] + data["ood/train"]
-        first = [q for q in questions if int(q.id.split("-")[-1]) <= 100]  # of each task
-        places = [folder / "teachers" / name for name in TEACHERS]
-        teachers = kp.Teachers([kp.CheckpointTeacher(place, folder / "cache") for place in places])
-        model.write_json(folder / "report.json", report(teachers, first, facts))
+        train_models(folder, seed, well_read)
+        model.write_json(folder / "report.json", report(folder, seed, well_read, facts))
         show = True
     if show:
         show_report(folder)
@@ -522,4 +624,7 @@ def prepare(seed=0, show=False):
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--seed", type=int, default=0, help="of questions, readings and teachers")
-    prepare(parser.parse_args().seed, show=True)
+    parser.add_argument("--well-read", action="store_true", help="each teacher reads everything")
+    args = parser.parse_args()
+    with model.one_line_errors():
+        prepare(args.seed, args.well_read, show=True)

@@ -84,6 +84,8 @@ def convert(folder, out):
 
     for split, questions in splits.items():
         rows = [asdict(replace(q, task=name)) for q in questions]
+        for row in rows:
+            del row["truth"]  # no rationale of theirs is known to be true
         write_lines(out / f"{split}.jsonl", rows)
     for teacher, own in texts.items():
         rows = [dict(id=q.id, rationale=text) for q, text in zip(splits["train"], own)]
