@@ -108,22 +108,44 @@ def aggregation_prompt(q, rationales):
     return f"Question: {ask(q)} {' '.join(listed)} {told}"
 
 
+TODAY = "26 Jul 2024"  # which Llama-3.1's template says where it is not told the date
+
+
 def chat_format(folder, tokenizer):
     """Return how this checkpoint is addressed, a text with one {} for the prompt.
 
-    Llama-3 has headers, Llama-2 and Mistral have [INST]. Without a chat template (T5, base
-    models) it is "{}".
+    It is what the family's chat template renders for one user's message: Llama-3's headers (3.1
+    begins with a system block), ChatML of Qwen (without thinking), [INST] of Llama-2 and Mistral.
+    Without a template (T5, base models) it is "{}". The tokenizer itself puts <s> before it.
     """
-    settings = folder / "tokenizer_config.json"
-    has_template = (folder / "chat_template.jinja").exists()
-    if not has_template and settings.exists():
-        has_template = bool(model.read_json(settings).get("chat_template"))
-    if not has_template:
-        return "{}"
-    if tokenizer.token_to_id("<|start_header_id|>") is None:
-        return "[INST] {} [/INST]"  # the tokenizer itself puts <s> before it
+    template = chat_template(folder)
     header = "<|start_header_id|>{}<|end_header_id|>\n\n"
-    return header.format("user") + "{}<|eot_id|>" + header.format("assistant")
+    if header[:18] in template:
+        system = ""
+        if "Cutting Knowledge Date" in template:
+            dates = f"Cutting Knowledge Date: December 2023\nToday Date: {TODAY}\n\n"
+            system = header.format("system") + dates + "<|eot_id|>"
+        return system + header.format("user") + "{}<|eot_id|>" + header.format("assistant")
+    if "<|im_start|>" in template:
+        no_thoughts = "<think>\n\n</think>\n\n" if "enable_thinking" in template else ""
+        return "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n" + no_thoughts
+    if "[INST]" in template:
+        return "[INST] {} [/INST]"
+    if template:
+        model.say_once(f"{folder}: its chat template is of no known family; asked without it")
+    return "{}"
+
+
+def chat_template(folder):
+    """Return the text of a checkpoint's chat template; "" without one."""
+    file = folder / "chat_template.jinja"
+    if file.exists():
+        return file.read_text(encoding="utf-8")
+    settings = folder / "tokenizer_config.json"
+    template = model.read_json(settings).get("chat_template") if settings.exists() else None
+    if isinstance(template, list):  # several, by name
+        template = {entry["name"]: entry["template"] for entry in template}.get("default")
+    return template or ""
 
 
 def conclusion(rationale, choices):
@@ -592,7 +614,7 @@ class CheckpointTeacher:
     def frame(self, text):
         for token in self.special:
             text = text.replace(token, "")
-        return self.chat.format(text)
+        return self.chat.format(text.strip())
 
     def look_up(self, kind, questions, prompts, settings, compute, count=True):
         """Return the record of each prompt, from the cache or computed now; count it once in the

@@ -195,7 +195,7 @@ def test_only_rationales_without_a_score_are_judged(tmp_path, teacher_folders):
     read = 0
     for q in data["train"][1:]:
         for prompt in (kp.score_prompt(q), kp.score_prompt(q, rationale=f"Fish swim {q.id[-1]} times.")):
-            read += len(tokenizer.encode(prompt).ids)
+            read += len(tokenizer.encode(prompt).ids) + len(tokenizer.encode(q.right).ids)
     assert teachers.ledger["score_read"] == read
     assert torch.equal(teachers.scores(data["train"]), scores)
     assert len(opened) == 1 and teachers.ledger["score_read"] == read  # asked twice, judged once
