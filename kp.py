@@ -218,6 +218,17 @@ class DualLoss:
     padded: int  # the same with padding
 
 
+def join(losses):
+    """Return the DualLoss of a batch that was computed in parts of equal size."""
+    return DualLoss(
+        total=torch.stack([loss.total.detach() for loss in losses]).mean(),
+        answer=torch.cat([loss.answer for loss in losses]),
+        rationale=torch.cat([loss.rationale for loss in losses]),
+        tokens=sum(loss.tokens for loss in losses),
+        padded=sum(loss.padded for loss in losses),
+    )
+
+
 def dual_loss(student, token_cache, questions, rationales, lam, alpha=None, prefixes=("explain",)):
     """Return the loss of a batch, L_PR + lambda * L_DL(r_P), as a DualLoss.
 
@@ -492,7 +503,7 @@ class Asking:
     max_new_tokens: int = 64
     tell_answer: bool = False  # TinyLLM's teacher forcing; without it a conclusion can be checked
     per_token: bool = False  # choices are compared by log-probability per token
-    batch_size: int = 128
+    batch_tokens: int = 2**14  # held at once: this bounds the memory of the cache
     seed: int = 0  # draws the examples
 
 
@@ -650,8 +661,16 @@ class CheckpointTeacher:
         ids = model.encode(tokenizer, prompts)
         self.file.parent.mkdir(parents=True, exist_ok=True)
         bar = tqdm(total=len(keys), desc=f"{self.name}: {kind}", leave=False, unit="q", delay=1)
+        most_choices = max(len(q.choices) for q in questions)
+
+        def held(prompt):
+            if kind == "score":  # each choice has a copy of the prompt's cache
+                return most_choices * (len(prompt) + 16)
+            return len(prompt) + self.asking.max_new_tokens
+
+        batches = model.by_length(ids, 128, self.asking.batch_tokens, held)
         with open(self.file, "ab", buffering=0) as file, bar:
-            for rows in model.by_length(ids, self.asking.batch_size):
+            for rows in batches:
                 batch = [(questions[row], prompts[row], ids[row]) for row in rows]
                 for row, answer in zip(rows, compute(lm, tokenizer, *zip(*batch))):
                     record = {"format": FORMAT, "key": keys[row], **answer}
@@ -667,7 +686,7 @@ class CheckpointTeacher:
     def score(self, lm, tokenizer, questions, prompts, ids):
         """Yield {"logps", "lengths", "read"} for each question of a batch."""
         choices = [q.choices for q in questions]
-        scored = choice_logps(lm, tokenizer, prompts, choices, len(prompts))
+        scored = choice_logps(lm, tokenizer, prompts, choices, batch_size=len(prompts))
         for prompt, logps, lengths in zip(ids, *scored):
             yield {"logps": logps, "lengths": lengths, "read": len(prompt) + sum(lengths)}
 

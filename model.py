@@ -552,13 +552,22 @@ def pad(sequences, value=0):
     return ids, mask
 
 
-def by_length(sequences, batch_size):
+def by_length(sequences, batch_size, limit=math.inf, held=len):
     """Return lists of at most batch_size indices, of similar length, the longest first.
 
-    So there is little padding, and what does not fit into memory shows at once.
+    So there is little padding, and what does not fit into memory shows at once. held(sequence): how
+    many tokens its row holds. A batch holds `limit` at most, unless one row alone holds more.
     """
     order = sorted(range(len(sequences)), key=lambda i: -len(sequences[i]))
-    return [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
+    batches = []
+    n_rows = 0  # that the last of the batches may have
+    for i in order:
+        if not batches or len(batches[-1]) == n_rows:
+            batches.append([])
+            fitting = limit // held(sequences[i])  # all rows are padded to the first
+            n_rows = max(1, min(batch_size, fitting))
+        batches[-1].append(i)
+    return batches
 
 
 def keep_end(ids, limit, first=1):

@@ -70,14 +70,16 @@ ARGUMENTS = {
         ("teacher", natural, 0, "which teacher --purifier single takes"),
         ("shots", natural, None, "examples in a prompt (default: 0 in the micro world, else 2)"),
         ("teacher-forcing", flag, False, "tell the teachers the answer, as TinyLLM does"),
-        ("max-new-tokens", positive, 128, "longest rationale, in tokens"),
+        ("max-new-tokens", positive, None, "of a rationale (default: 64 in the micro world, else 256)"),
+        ("batch-tokens", positive, 2**14, "that a teacher holds at once: prompts, choices, rationales"),
     ],
     "training": [
         ("lam", weight, 1.0, "weight of the rationale loss, lambda"),
         ("teacher-prefixes", flag, False, "a prefix for each teacher's rationales, as TinyLLM has"),
         ("alpha", weight, None, "weight of each rationale, alpha_m (default: lambda / M)"),
         ("steps", positive, 1000, "optimiser steps"),
-        ("batch-size", positive, 16, "questions a step (and process, under torchrun)"),
+        ("batch-size", positive, 16, "questions in a pass (and process, under torchrun)"),
+        ("accumulate", positive, 1, "passes whose gradients make one step"),
         ("lr", weight, None, "peak learning rate (default: 1.5e-3 for tiny, else 3e-4)"),
         ("weight-decay", weight, 0.1, "of AdamW"),
         ("warmup", natural, 50, "steps of linear warm-up, then cosine decay to zero"),
@@ -150,12 +152,12 @@ def train(args):
         data, teachers, student, tokenizer, open_lm = open_parts(args, ranks)
         run = Run(args, ranks)
         if run.finished():
-            return model.read_json(run.result) if ranks.rank == 0 else None
+            return run.read_result()
         questions, valid = training_questions(args, data)
         token_cache = kp.TokenCache(tokenizer)
         prefixes = kp.explain_prefixes(len(teachers) if args.teacher_prefixes else 0)
-        prompts = token_cache.prompts(map(kp.explain_prompt, questions))
-        visits = draw_visits(prompts, args, ranks.count)
+        weights = args.lam, args.alpha, prefixes
+        visits = draw_visits(token_cache.prompts(map(kp.ask, questions)), args, ranks.count)
         optimizer = new_optimizer(student, args)
 
     # Fit the purifier. Most purifiers ask the teachers here, and only for what they need.
@@ -164,29 +166,29 @@ def train(args):
         purifier = make(args, questions, visits, data["train"], teachers, open_lm)
         purifier.fit()
 
-    # Train on the dual loss. Dropout depends on seed and step alone, so a resumed run repeats it.
+    # Train on the dual loss.
     run.restore(student, optimizer, purifier, seconds)
     net = ranks.wrap(student, args.compile)
     for step in run.steps():
         with seconds("purify"):
-            rationales = purifier.rationales(step)  # B lists: one rationale each; TinyLLM: all M
+            rationales = purifier.rationales(step)  # B lists of one rationale; TinyLLM: of all M
         with seconds("train"):
-            student.train()
-            torch.manual_seed(args.seed * 1_000_003 + step)
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate(step, args)
+            rate = begin_step(args, step, student, optimizer)
             batch = ranks.share([questions[row] for row in visits[step]])
             own = ranks.share(rationales)
-            with torch.autocast(args.device, torch.bfloat16, enabled=args.dtype == "bfloat16"):
-                loss = kp.dual_loss(net, token_cache, batch, own, args.lam, args.alpha, prefixes)
-            loss.total.backward()
+            losses = []
+            for part in parts_of(batch, args.accumulate):
+                with torch.autocast(args.device, torch.bfloat16, enabled=args.dtype == "bfloat16"):
+                    loss = kp.dual_loss(net, token_cache, batch[part], own[part], *weights)
+                (loss.total / args.accumulate).backward()
+                losses.append(loss)
             norm = torch.nn.utils.clip_grad_norm_(student.parameters(), args.clip)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-            loss = ranks.gather(loss, rationales)
+            loss = ranks.gather(kp.join(losses), rationales)
         with seconds("purify"):
             noted = purifier.feedback(step, loss)
-        run.log_loss(step, loss, norm=norm, lr=learning_rate(step, args), **noted)
+        run.log_loss(step, loss, norm=norm, lr=rate, **noted)
         if run.evaluates(step):
             with seconds("evaluate"):
                 run.log(step, valid=measure(args, student, tokenizer, valid, prefixes))
@@ -194,13 +196,12 @@ def train(args):
             run.save(step + 1, student, optimizer, purifier, seconds)
 
     # Evaluate, and write what the run leaves behind. All ranks ask teachers, rank 0 does the rest.
+    figures = purifier.figures()
+    if ranks.rank != 0:
+        return None
     with seconds("evaluate"):
-        figures = purifier.figures()
-        if ranks.rank != 0:
-            return None
-        figures |= measure(args, student, tokenizer, data["test"], prefixes)
-        figures["ood"] = kp.accuracy(student, tokenizer, data.get("ood/test", []), args.per_token)
         run.log(args.steps, valid=measure(args, student, tokenizer, valid, prefixes))
+        figures |= measure_test(args, student, tokenizer, data, prefixes)
     model.save(student, tokenizer, run.folder / "student")
     return run.finish(purifier, figures, seconds)
 
@@ -222,6 +223,7 @@ def settle(args):
         out=f"out/{args.purifier}{'-ood' if args.ood else ''}-{args.seed}",
         lr=1.5e-3 if args.student == "tiny" else 3e-4,
         shots=0 if in_micro_world else 2,
+        max_new_tokens=64 if in_micro_world else 256,
         tune_aggregator=800 if in_micro_world and not args.aggregator else 0,
     )
     for name, default in defaults.items():
@@ -288,6 +290,7 @@ def open_teachers(args, folder, data, judge, ranks=kp.ONE_PROCESS):
         max_new_tokens=args.max_new_tokens,
         tell_answer=args.teacher_forcing,
         per_token=args.per_token,
+        batch_tokens=args.batch_tokens,
         seed=args.seed,
     )
     needed = ("train", "ood/train") if args.ood else ("train",)
@@ -347,6 +350,13 @@ def measure(args, student, tokenizer, questions, prefixes):
     return {"accuracy": kp.accuracy(student, tokenizer, questions, args.per_token), **best}
 
 
+def measure_test(args, student, tokenizer, data, prefixes):
+    """Return `measure` of test, and the accuracy out of domain as "ood"."""
+    shares = measure(args, student, tokenizer, data["test"], prefixes)
+    shares["ood"] = kp.accuracy(student, tokenizer, data.get("ood/test", []), args.per_token)
+    return shares
+
+
 def draw_visits(prompts, args, n_ranks=1, block=8):
     """Return visits, where visits[step] are the rows of that step's batch. Each epoch visits
     every row once.
@@ -354,7 +364,7 @@ def draw_visits(prompts, args, n_ranks=1, block=8):
     prompts: N lists of ids. Each `block` of batches is sorted by length: 5 % of the tokens are
     padding instead of 19 %.
     """
-    size = args.batch_size * n_ranks
+    size = args.batch_size * args.accumulate * n_ranks
     n_visits = args.steps * size
     order = []
     for epoch in range(math.ceil(n_visits / len(prompts))):
@@ -372,6 +382,24 @@ def new_optimizer(student, args):
     betas = 0.9, 0.98
     decay = args.weight_decay
     return torch.optim.AdamW(student.parameters(), args.lr, betas, weight_decay=decay, fused=True)
+
+
+def parts_of(batch, n):
+    """Return the n slices into which gradient accumulation cuts a batch."""
+    size = len(batch) // n
+    return [slice(start, start + size) for start in range(0, len(batch), size)]
+
+
+def begin_step(args, step, student, optimizer):
+    """Return the learning rate, after setting it. Dropout depends on seed and step alone, so a
+    resumed run repeats it.
+    """
+    student.train()
+    torch.manual_seed(args.seed * 1_000_003 + step)
+    rate = learning_rate(step, args)
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+    return rate
 
 
 def learning_rate(step, args):
@@ -445,6 +473,9 @@ class Run:
         for file in (self.checkpoint, self.metrics, self.result, self.router):
             file.unlink(missing_ok=True)
         model.write_json(config, settings)
+
+    def read_result(self):
+        return model.read_json(self.result) if self.ranks.rank == 0 else None
 
     def finished(self):
         return self.result.exists()

@@ -469,6 +469,11 @@ def test_pad_and_by_length():
     ids, mask = model.pad([[5, 6, 7], [8]], value=1)
     assert ids.tolist() == [[5, 6, 7], [8, 1, 1]] and mask.tolist() == [[1, 1, 1], [1, 0, 0]]
     assert model.by_length(["a", "bbb", "cc", "dddd"], 3) == [[3, 1, 2], [0]]
+    # 8 tokens at most: two rows as long as the longest, then three as long as "cc", if they may be three
+    assert model.by_length(["cc", "bbb", "a", "dddd", "a"], 9, limit=8) == [[3, 1], [0, 2, 4]]
+    assert model.by_length(["cc", "bbb", "a", "dddd", "a"], 2, limit=8) == [[3, 1], [0, 2], [4]]
+    assert model.by_length(["ccc", "b"], 9, limit=2) == [[0], [1]]  # more than the limit: alone
+    assert model.by_length(["cc", "b"], 9, limit=7, held=lambda text: 4 * len(text)) == [[0], [1]]
 
 
 def test_keep_end_keeps_the_first_ids_and_the_end():

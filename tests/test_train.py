@@ -549,3 +549,52 @@ def test_help_names_every_purifier_and_is_quick():
     assert out.returncode == 0
     assert all(name in out.stdout for name in purify.PURIFIERS)
     assert " torch" not in out.stderr
+
+
+def test_accumulated_passes_make_the_step_of_one_large_batch(world, teacher_folders, tmp_path):
+    """Two passes of 2 questions give the losses of one of 4, up to rounding."""
+    curves = {}
+    for name, how in (("one", ["--batch-size", "4"]), ("two", ["--batch-size", "2", "--accumulate", "2"])):
+        folder = run(world, teacher_folders, tmp_path, "--purifier", "rl", *how, name=name)
+        lines = [line for line in read_lines(folder / "metrics.jsonl") if "loss" in line]
+        curves[name] = [(line["loss"], line["answer"], line["rationale"], line["reward"]) for line in lines]
+    for one, two in zip(*curves.values(), strict=True):
+        assert two == pytest.approx(one, abs=2e-4)
+
+
+@pytest.mark.parametrize("purifier", ["router", "plackett-luce", "classifier"])
+def test_a_fitted_router_routes_another_data_set(world, teacher_folders, tmp_path, purifier, monkeypatch):
+    """No score is asked for there, and the choices are those of the run that fitted it."""
+    how = ["--purifier", purifier, "--encoder", str(teacher_folders[0])]
+    first = run(world, teacher_folders, tmp_path, *how, name="first")
+    other = tmp_path / "other"
+    shutil.copytree(world, other, ignore=shutil.ignore_patterns("teachers", "ood"))
+    lines = read_lines(other / "train.jsonl")
+    write_lines(other / "train.jsonl", lines[::2])  # other questions, of which the first run saw some
+    monkeypatch.setattr(kp.CheckpointTeacher, "scores", lambda *rest: pytest.fail("asked for scores"))
+    again = run(other, teacher_folders, tmp_path, *how, "--router", str(first), name="again")
+    chosen = {}
+    for folder in (first, again):
+        chosen[folder] = {row["id"]: row["probabilities"] for row in read_lines(folder / "purified.jsonl")}
+    assert len(chosen[again]) == 24
+    both = chosen[again].keys() & chosen[first].keys()
+    assert both
+    for name in both:
+        assert chosen[again][name] == pytest.approx(chosen[first][name], abs=1e-4)
+    assert result_of(again)["ledger"].get("score_read", 0) == 0
+
+
+def test_a_router_that_does_not_fit_is_refused(world, teacher_folders, tmp_path):
+    first = run(world, teacher_folders, tmp_path, "--purifier", "router", name="first")
+    file = first / "router.safetensors"
+    where = ["--router", str(first)]
+    with pytest.raises(model.BadInput, match="fitted with purifier router, not plackett-luce"):
+        run(world, teacher_folders, tmp_path, "--purifier", "plackett-luce", *where, name="a")
+    with pytest.raises(model.BadInput, match="fitted with teachers"):
+        run(world, teacher_folders[:2], tmp_path, "--purifier", "router", *where, name="b")
+    with pytest.raises(model.BadInput, match="fitted with another encoder; give that one as --encoder"):
+        encoder = ["--encoder", str(world / "student")]
+        run(world, teacher_folders, tmp_path, "--purifier", "router", *where, *encoder, name="c")
+    file.write_bytes(b"torn")
+    with pytest.raises(model.BadInput, match="router.safetensors: not readable as safetensors"):
+        run(world, teacher_folders, tmp_path, "--purifier", "router", *where, name="d")

@@ -230,6 +230,8 @@ def rule_without_rationales(facts, train, test):
 
 BATCH = 32  # exercises
 BLOCK = 10  # batches that are drawn together and sorted by length: a third less padding
+LEARNING_RATE = 2.5e-3
+WARM_UP = 50  # steps
 PLAIN = 0.3  # share of exercises to answer plainly; the others are to explain
 
 
@@ -262,9 +264,10 @@ def batches(draw, rng):
             yield drawn[i * BATCH : (i + 1) * BATCH]
 
 
-def train_on(lm, tokenizer, endless, steps, rate, steps_done):
+def train_on(lm, tokenizer, endless, steps, lowest, steps_done):
     """Train a model on the batches [(prompt, target)] of an endless iterator.
 
+    The learning rate warms up, then falls along a cosine to `lowest`, a share of the highest.
     steps_done, a tensor () in shared memory, counts for the progress bar of another process.
     """
     biases = []  # of T5's distances: numbers near 3 that start near 0, and so need a higher rate
@@ -276,10 +279,10 @@ def train_on(lm, tokenizer, endless, steps, rate, steps_done):
         groups.append(dict(params=biases, pace=10))
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98), weight_decay=0.01, fused=True)
     for step, batch in enumerate(itertools.islice(endless, steps)):
-        # The learning rate warms up, then falls along a cosine.
         cosine = 0.5 + 0.5 * math.cos(math.pi * step / steps)
+        rate = LEARNING_RATE * min((step + 1) / WARM_UP, lowest + (1 - lowest) * cosine)
         for group in optimizer.param_groups:
-            group["lr"] = group["pace"] * rate * min((step + 1) / WARM_UP, cosine)
+            group["lr"] = group["pace"] * rate
         loss_of(lm, tokenizer, batch).backward()
         torch.nn.utils.clip_grad_norm_(lm.parameters(), 1.0)
         optimizer.step()
@@ -307,7 +310,6 @@ def loss_of(lm, tokenizer, batch):
 
 # ----------------------------------------------------------------------------- tokenizer, T5, Llama
 
-WARM_UP = 50  # steps
 NO_QUESTION = kp.Question("", "", "", ("", "", "", ""), 0)  # its choices add "(a)" to "(d)"
 PROMPTS = [
     kp.score_prompt(NO_QUESTION),
@@ -393,7 +395,7 @@ def frame(tokenizer, single):
 
 # --------------------------------------------------------------------------- the student's practice
 
-FICTIONS = 5  # fictional worlds that the student practises in, one after the other
+FICTIONS = 7  # fictional worlds that the student practises in, one after the other
 STEPS_IN_EACH = 300
 
 
@@ -434,7 +436,8 @@ def practise(folder, seed, steps, steps_done):
             drawn = batches(lambda: exercise(rng, world, world, prompts), rng)
             yield from itertools.islice(drawn, STEPS_IN_EACH)
 
-    train_on(student, tokenizer, endless(), steps, 2.5e-3, steps_done)
+    # It goes on to learn, from the last fictions too.
+    train_on(student, tokenizer, endless(), steps, 0.2, steps_done)
     model.save(student, tokenizer, folder)
 
 
@@ -493,7 +496,7 @@ def train_teacher(name, folder, seed, reading, steps, steps_done):
     rng = random.Random(f"exercises {name} {seed}")
     prompts = (kp.score_prompt, kp.rationale_prompt)
     endless = batches(lambda: exercise(rng, facts, reading, prompts), rng)
-    train_on(teacher, tokenizer, endless, steps, 2.5e-3, steps_done)
+    train_on(teacher, tokenizer, endless, steps, 0.0, steps_done)
     model.save(teacher, tokenizer, folder / name)
 
 
