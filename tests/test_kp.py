@@ -304,7 +304,7 @@ def test_accuracy_counts_the_likeliest_choice(world, teacher_folders):
 
 def test_a_rationale_is_what_the_teacher_writes_alone(world, teacher_folders, tmp_path):
     questions = read_questions(world / "train.jsonl")[::7]
-    teachers = open_teachers(teacher_folders, tmp_path, kp.Asking(max_new_tokens=12, batch_size=4))
+    teachers = open_teachers(teacher_folders, tmp_path, kp.Asking(max_new_tokens=12, batch_tokens=200))
     for m, folder in enumerate(teacher_folders):
         lm, tokenizer = model.load(folder)
         texts = teachers.rationales(questions, [m] * len(questions))
