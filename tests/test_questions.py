@@ -2,13 +2,17 @@
 
 import json
 import math
+import re
+import shlex
 import subprocess
 import sys
+from collections import Counter
 
 import pytest
 import torch
-from conftest import ROOT, converted, read_lines, tinyllm_folder, write_lines
+from conftest import ONE_THREAD, ROOT, converted, read_lines, tinyllm_folder, write_lines
 
+import data.tinyllm.prepare as tinyllm
 import kp
 import model
 from data.questions import read_data, read_questions, read_rationales
@@ -293,12 +297,23 @@ def test_a_checkout_is_converted_data_set_by_data_set(tmp_path):
     texts = ["rationales/flan-t5-xl.jsonl", "rationales/llama-2.jsonl"]
     assert everything_in(parity) == [*texts, "test.jsonl", "train.jsonl", "valid.jsonl"]
     choices = ["yes", "no", "maybe"]
-    expected = dict(id="1", task="parity", text="1 even?", choices=choices, answer=1)
+    expected = dict(id="parity-1", task="parity", text="1 even?", choices=choices, answer=1)
     assert read_lines(parity / "train.jsonl")[1] == expected
     more = tmp_path / "out" / "more"
-    assert read_lines(more / "rationales" / "flan-t5-xl.jsonl")[3] == {"id": "3", "rationale": "Think."}
+    assert read_lines(more / "rationales" / "flan-t5-xl.jsonl")[3] == dict(id="more-3", rationale="Think.")
     data = read_data(more)
-    assert len(data["train"]) == 4 and data["valid"][0].id == "valid:0"
+    assert len(data["train"]) == 4 and data["valid"][0].id == "valid:more-0"
+
+
+def test_the_four_sets_in_domain_are_joined(tmp_path, monkeypatch):
+    monkeypatch.setattr(tinyllm, "TEST_SIZES", {})
+    for name in ("obqa", "arc", "riddle", "pubmedqa", "piqa"):
+        tinyllm_folder(tmp_path / "repo" / "datasets" / name)
+    prepare(tmp_path / "repo", tmp_path / "out")
+    four = read_data(tmp_path / "out" / "four")
+    assert Counter(q.task for q in four["train"]) == dict.fromkeys(("obqa", "arc", "riddle", "pubmedqa"), 5)
+    texts, _ = read_rationales(tmp_path / "out/four/rationales/llama-2.jsonl", four, ["train"], 100)
+    assert texts["arc-3"] == "It is 3.\nSo." and len(texts) == 20
 
 
 def test_a_wrong_number_of_test_questions_is_refused(tmp_path):
@@ -339,7 +354,7 @@ def test_a_real_data_set_is_converted_whole(tmp_path):
 
     # the first question, by hand
     q = data["train"][0]
-    assert (q.id, q.task, q.text) == ("7-980", "obqa", "The sun is responsible for")
+    assert (q.id, q.task, q.text) == ("obqa-7-980", "obqa", "The sun is responsible for")
     assert q.choices[q.answer] == "plants sprouting, blooming and wilting"
     assert flan[0] == "Sun is responsible for plants sprouting, blooming and wilting."
     begins = "Let's think step by step.\nIf the sun is not there, the plants will not sprout"
@@ -354,3 +369,37 @@ def test_a_real_data_set_is_converted_whole(tmp_path):
         assert flan[row] and first.startswith(flan[row])
         assert llama[row] and second.strip().startswith(llama[row])
         assert len(llama[row].split()) <= 128
+
+
+def test_every_command_of_the_recipe_runs_with_stand_ins(tmp_path, teacher_folders, monkeypatch):
+    """The commands of data/tinyllm/README.md, as they stand there, with a few steps more or less."""
+    for name in tinyllm.TEST_SIZES:
+        tinyllm_folder(tmp_path / "TinyLLM" / "datasets" / name)
+    monkeypatch.setattr(tinyllm, "TEST_SIZES", {})  # stand-ins are small
+    monkeypatch.chdir(tmp_path)
+    stand_ins = {"flan-t5-xl": 0, "flan-t5-small": 0, "flan-t5-large": 0, "Llama-2-7b-chat-hf": 1}
+    stand_ins |= {"BioMistral-7B-st": 2, "Llama-3.1-8B-Instruct": 3}
+    (tmp_path / "hf").mkdir()
+    for name, m in stand_ins.items():
+        (tmp_path / "hf" / name).symlink_to(teacher_folders[m])
+    (tmp_path / "hf" / "all-MiniLM-L6-v2").symlink_to(ROOT / "tests" / "fixtures" / "bert")
+    recipe = (ROOT / "data" / "tinyllm" / "README.md").read_text()
+    commands = re.findall("^    python (?:-m )?(.*)", recipe, re.MULTILINE)
+    commands = [command for command in commands if not command.startswith("-c")]
+    assert len(commands) == 7
+    first = commands.pop(0).split()
+    monkeypatch.setattr(sys, "argv", first)
+    assert first[0] == "data.tinyllm.prepare" and tinyllm.main() is None
+    few = "--steps 2 --batch-size 2 --accumulate 1 --max-new-tokens 4 --fit-questions 20 --tune-aggregator 0"
+    for command in commands:
+        script, arguments = command.split(" ", 1)
+        if script == "eval.py":
+            arguments = arguments.replace("--seeds 3", "--seeds 2").replace('" ', f' {few}" ')
+        else:
+            arguments += f" {few}"
+        words = [sys.executable, str(ROOT / script), *shlex.split(arguments)]
+        process = subprocess.run(words, env=ONE_THREAD, capture_output=True, text=True)
+        assert process.returncode == 0, (command, process.stderr)
+    results = [json.loads(path.read_text()) for path in tmp_path.glob("out/*/result.json")]
+    assert {result["purifier"] for result in results} == {"router", "aggregate"}
+    assert (tmp_path / "out" / "four" / "router.safetensors").exists()

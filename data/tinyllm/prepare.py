@@ -9,7 +9,8 @@ There a data set is a folder datasets/NAME with NAME_train.json, NAME_valid.json
 and the rationales of FLAN-T5-xl and LLaMA-2 in llm/SPLIT_CoT_K.json, in the order of the
 questions. Here it becomes DIR/NAME/ with train.jsonl, valid.jsonl, test.jsonl and
 rationales/{flan-t5-xl,llama-2}.jsonl (of the training questions). The splits are those behind the
-published figures. REPO may also be the folder of one data set.
+published figures. REPO may also be the folder of one data set. DIR/four/ holds the four sets on
+which the paper fits its routers, together. See data/tinyllm/README.md for the whole recipe.
 """
 
 import argparse
@@ -25,6 +26,7 @@ from data.questions import read_questions
 from model import require
 
 # How many test questions the published figures are of.
+IN_DOMAIN = ("obqa", "arc", "riddle", "pubmedqa")
 TEST_SIZES = {"obqa": 500, "arc": 1165, "riddle": 510, "pubmedqa": 400, "piqa": 919, "bioasq": 123}
 AGAIN = "download the repository again"
 
@@ -83,12 +85,14 @@ def convert(folder, out):
     require(n == expected, f"{folder}: {why}")
 
     for split, questions in splits.items():
-        rows = [asdict(replace(q, task=name)) for q in questions]
+        rows = [asdict(replace(q, task=name, id=f"{name}-{q.id}")) for q in questions]
         for row in rows:
             del row["truth"]  # no rationale of theirs is known to be true
         write_lines(out / f"{split}.jsonl", rows)
     for teacher, own in texts.items():
-        rows = [dict(id=q.id, rationale=text) for q, text in zip(splits["train"], own)]
+        rows = []
+        for q, text in zip(splits["train"], own):
+            rows.append(dict(id=f"{name}-{q.id}", rationale=text))
         write_lines(out / "rationales" / f"{teacher}.jsonl", rows)
     sizes = {split: len(questions) for split, questions in splits.items()}
     return {**sizes, "teachers": list(texts)}
@@ -104,7 +108,19 @@ def prepare(repo, out):
     for file in tqdm(sorted(files), "convert", leave=False):
         name = file.parent.name
         report[name] = convert(file.parent, Path(out) / name)
+    if set(IN_DOMAIN) <= set(report):
+        join([Path(out) / name for name in IN_DOMAIN], Path(out) / "four")
     return report
+
+
+def join(folders, out):
+    """Write the data sets of these folders as one."""
+    for file in folders[0].rglob("*.jsonl"):
+        name = file.relative_to(folders[0])
+        rows = []
+        for folder in folders:
+            rows += [row for _, row in model.read_rows(folder / name)]
+        write_lines(out / name, rows)
 
 
 def main():
