@@ -34,6 +34,7 @@ def parse_args(argv=None):
     add("--seeds", type=int, default=3, help="runs of each row (default: 3)")
     add("--jobs", type=int, default=1, help="runs at a time; they share the cores (default: 1)")
     add("--out", default="out", help="where runs and tables go (default: out)")
+    add("--curve", action="store_true", help="also the measures of valid over the steps")
     add("--plot", metavar="FILE", help="draw the table too (needs matplotlib)")
 
     add = parser.add_argument_group("many runs: train.py's arguments for all of them").add_argument
@@ -199,8 +200,8 @@ def rows_of(args):
 
 def folder_of(args, label, seed):
     """Return the folder of the run of this row and seed."""
-    name = re.sub(r"[^\w.]+", "-", label).strip("-")
-    return Path(args.out) / ("quick" if args.quick else "runs") / f"{name}-{seed}"
+    kind = "quick" if args.quick else "runs"
+    return Path(args.out) / kind / f"{as_file_name(label)}-{seed}"
 
 
 def run_all(args, rows):
@@ -279,11 +280,19 @@ def t95(n):
     return z + (z**3 + z) / (4 * f) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * f**2)
 
 
-def difference(a, b):
-    """Return by how many points of mean accuracy runs a lie above runs b, seed by seed, with the
+MEASURES = {  # in result.json, and what a table calls them
+    "accuracy": "accuracy",
+    "ood": "out of domain",
+    "explains_right": "explains rightly",
+    "explains_true": "explains truly",
+}
+
+
+def difference(a, b, measure="accuracy"):
+    """Return by how many points of a measure's mean runs a lie above runs b, seed by seed, with the
     mean's 95 % interval.
     """
-    gaps = [100 * (x["accuracy"]["mean"] - y["accuracy"]["mean"]) for x, y in zip(a, b)]
+    gaps = [100 * (x[measure]["mean"] - y[measure]["mean"]) for x, y in zip(a, b)]
     text = f"{statistics.mean(gaps):+.1f}"
     if len(gaps) == 1:
         return text
@@ -313,35 +322,43 @@ def publish(args, name, header, lines, content):
     print("\n" + text)
 
 
-def measure(args):
-    """Run a table's rows and publish them: accuracies in %, tokens in thousands, seconds of
-    training; then differences.
+def measured(runs):
+    """Return the measures that there are in these runs: {name in result.json: name in a table}."""
+    return {name: label for name, label in MEASURES.items() if runs[0].get(name)}
+
+
+def compare(args):
+    """Run a table's rows and publish them: shares in %, tokens in thousands, seconds of training;
+    then differences, and the curves.
     """
     name = "compare" if args.compare else args.table
     rows, against = rows_of(args)
     results = run_all(args, rows)
-    first = next(iter(results.values()))[0]
-    header = ["", *first["accuracy"], *(f"{task} (ood)" for task in first["ood"])]
+    first = next(iter(results.values()))
+    header = ["", *first[0]["accuracy"], *list(measured(first).values())[1:], "given true"]
     header += ["teachers wrote k", "all read k", "student k", "train s"]
     lines = []
     for label, runs in results.items():
         cells = [label]
-        for split in ("accuracy", "ood"):
-            for task in first[split]:
-                cells.append(spread([run[split][task] for run in runs]))
+        for task in first[0]["accuracy"]:
+            cells.append(spread([run["accuracy"][task] for run in runs]))
+        for measure in list(measured(first))[1:]:
+            cells.append(spread([run[measure]["mean"] for run in runs]))
+        true = [run["purified_true"] for run in runs if run["purified_true"] is not None]
+        cells.append(spread(true) if true else "")
         for column in zip(*map(costs, runs)):
             cells.append(f"{statistics.mean(column):,.0f}")
         lines.append(cells)
     publish(args, name, header, lines, results)
-
-    if against:
+    for other in against:
         lines = []
         for label, runs in results.items():
-            cells = [label]
-            for other in against:
-                cells.append(difference(runs, results[other]) if label != other else "")
-            lines.append(cells)
-        publish(args, f"{name}-differences", ["points above", *against], lines, lines)
+            gaps = [difference(runs, results[other], measure) for measure in measured(first)]
+            lines.append([label, *(gaps if label != other else [""] * len(gaps))])
+        header = [f"points above {other}", *measured(first).values()]
+        publish(args, f"{name}-above-{as_file_name(other)}", header, lines, lines)
+    if args.curve:
+        curve(args, name, rows)
     if name == "conflict":
         lines = []
         for label in list(results)[-2:]:  # TinyLLM and the router, with all teachers
@@ -351,6 +368,30 @@ def measure(args):
         publish(args, "conflict-meter", header, lines, lines)
     if args.plot:
         plot(args, results, by_teachers=name == "conflict")
+
+
+def as_file_name(label):
+    """Return a label as a file name can have it."""
+    return re.sub(r"[^\w.]+", "-", label).strip("-")
+
+
+def curve(args, name, rows):
+    """Publish how the measures of valid rise over the steps: the mean of all seeds, in %."""
+    lines = []
+    for label in rows:
+        points = {}  # {step: [the measures of each seed]}
+        for seed in range(args.seeds):
+            for _, line in model.read_rows(folder_of(args, label, seed) / "metrics.jsonl"):
+                if "valid" in line:
+                    points.setdefault(line["step"], []).append(line["valid"])
+        for step, seeds in points.items():
+            cells = [label, str(step)]
+            for measure in measured(seeds):
+                share = statistics.mean(valid[measure]["mean"] for valid in seeds)
+                cells.append(f"{100 * share:.1f}")
+            lines.append(cells)
+    header = ["", "after step", *measured(seeds).values()]
+    publish(args, f"{name}-curve", header, lines, lines)
 
 
 def conflict_meter(run, n_pairs=64):
@@ -435,7 +476,7 @@ def main(args):
         args.seeds = 1
         args.steps = 200
     if args.compare or args.table:
-        measure(args)
+        compare(args)
     else:
         require(args.run, "nothing to do: give a run's folder, --compare or a table; see --help")
         if args.show:

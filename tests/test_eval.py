@@ -32,13 +32,15 @@ def test_differences_are_paired_by_seed():
     # Gaps of 10, 9 and 11 points: mean 10, standard deviation 1, t = 4.303 for three seeds.
     assert evaluation.difference(a, b) == "+10.0 ± 2.5"
     assert evaluation.difference(a[:1], b[:1]) == "+10.0"
+    other = [{"accuracy": {"mean": 0.5}, "ood": {"mean": share}} for share in (0.2, 0.3)]
+    assert evaluation.difference(other[1:], other[:1], "ood") == "+10.0"
     assert evaluation.spread([0.5, 0.7]) == "60.0 ± 14.1"
 
 
 def test_compare_runs_what_is_missing_and_nothing_twice(world, teacher_folders, tmp_path, monkeypatch, capsys):
     texts = ["--purifier random --lam 2", "--purifier answers"]
-    common = f" --shots 0 --batch-size 2 --max-new-tokens 8 --cache {tmp_path / 'cache'}"
-    arguments = ["--compare", *(text + common for text in texts), "--steps", "4", "--seeds", "2", "--jobs", "2", "--out", str(tmp_path)]
+    common = f" --eval-every 2 --shots 0 --batch-size 2 --max-new-tokens 8 --cache {tmp_path / 'cache'}"
+    arguments = ["--compare", *(text + common for text in texts), "--steps", "4", "--seeds", "2", "--jobs", "2", "--out", str(tmp_path), "--curve"]
     arguments += ["--data", str(world), "--teachers", *map(str, teacher_folders[:2])]
     evaluation.main(evaluation.parse_args(arguments))
     table = json.loads((tmp_path / "compare.json").read_text())
@@ -46,7 +48,13 @@ def test_compare_runs_what_is_missing_and_nothing_twice(world, teacher_folders, 
     assert [len(runs) for runs in rows] == [2, 2]
     assert [run["purifier"] for runs in rows for run in runs] == ["random", "random", "answers", "answers"]
     assert [run["seed"] for run in rows[0]] == [0, 1] and rows[0][0]["teachers"] == ["t5", "llama-2"]
-    assert "points above" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "points above --purifier random" in out and "explains truly" in out
+    curve = json.loads((tmp_path / "compare-curve.json").read_text())
+    assert [(line[0], line[1]) for line in curve] == [(text + common, step) for text in texts for step in ("1", "4")]
+    for label, runs in table.items():  # the last point is what the runs ended with
+        means = [100 * sum(run["valid"][m]["mean"] for run in runs) / 2 for m in ("accuracy", "explains_right")]
+        assert [f"{mean:.1f}" for mean in means] == next(line[2:4] for line in reversed(curve) if line[0] == label)
 
     started = []
     monkeypatch.setattr(evaluation, "start", lambda command, jobs: started.append(command))
