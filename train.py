@@ -74,7 +74,7 @@ ARGUMENTS = {
         ("batch-tokens", positive, 2**14, "that a teacher holds at once: prompts, choices, rationales"),
     ],
     "training": [
-        ("lam", weight, 1.0, "weight of the rationale loss, lambda"),
+        ("lam", weight, 2.0, "weight of the rationale loss, lambda"),
         ("teacher-prefixes", flag, False, "a prefix for each teacher's rationales, as TinyLLM has"),
         ("alpha", weight, None, "weight of each rationale, alpha_m (default: lambda / M)"),
         ("steps", positive, 1000, "optimiser steps"),
