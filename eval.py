@@ -130,7 +130,7 @@ def look(args):
     data, teachers, *_ = train.open_parts(settings, train.Ranks(args.device))
     questions = {q.id: q for q in train.training_questions(settings, data)[0]}
     rows = [row for _, row in model.read_rows(Path(args.run) / "purified.jsonl")]
-    for row in random.Random(settings.seed).sample(rows, min(max(args.show, 0), len(rows))):
+    for row in random.Random(settings.seed).sample(rows, min(args.show, len(rows))):
         q = questions[row["id"]]
         print("-" * 100)
         print_line(q.task, kp.ask(q), bold=True)
@@ -445,9 +445,9 @@ def plot(args, results, by_teachers):
     deviations.
     """
     import matplotlib
-    from matplotlib import pyplot
 
-    matplotlib.use("Agg")
+    matplotlib.use("Agg")  # no window
+    from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(6, 4))
     for label, runs in results.items():
@@ -467,8 +467,9 @@ def plot(args, results, by_teachers):
 
 
 def main(args):
-    for name in ("seeds", "jobs"):
-        require(getattr(args, name) > 0, f"--{name} {getattr(args, name)}: must be at least 1")
+    for name in ("seeds", "jobs", "show"):
+        value = getattr(args, name)
+        require(value is None or value > 0, f"--{name} {value}: must be at least 1")
     has_matplotlib = importlib.util.find_spec("matplotlib")
     require(not args.plot or has_matplotlib, "--plot needs matplotlib; pip install matplotlib")
     args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")

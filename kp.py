@@ -21,6 +21,7 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -72,7 +73,10 @@ def explain_prompt(q, prefix="explain"):
 
 def explain_prefixes(n_teachers):
     """Return the prefix of each teacher's rationales, as TinyLLM publishes it. Of 0: one for all."""
-    return [f"explain {m + 1}" for m in range(n_teachers)] or ["explain"]
+    prefixes = []
+    for m in range(n_teachers):
+        prefixes.append(f"explain {m + 1}")
+    return prefixes or ["explain"]
 
 
 def score_prompt(q, examples=(), rationale=""):
@@ -103,9 +107,11 @@ def explained(q, rationale):
 
 def aggregation_prompt(q, rationales):
     """Return the prompt that asks for one rationale of M. They have numbers, the choices letters."""
-    listed = [f"Rationale {m}: {text}" for m, text in enumerate(rationales, 1)]
+    prompt = f"Question: {ask(q)}"
+    for m, text in enumerate(rationales, 1):
+        prompt += f" Rationale {m}: {text}"
     told = "Merge these rationales into one that is right, and end with: the answer is (x)."
-    return f"Question: {ask(q)} {' '.join(listed)} {told}"
+    return f"{prompt} {told}"
 
 
 TODAY = "26 Jul 2024"  # which Llama-3.1's template says where it is not told the date
@@ -144,7 +150,10 @@ def chat_template(folder):
     settings = folder / "tokenizer_config.json"
     template = model.read_json(settings).get("chat_template") if settings.exists() else None
     if isinstance(template, list):  # several, by name
-        template = {entry["name"]: entry["template"] for entry in template}.get("default")
+        for entry in template:
+            if entry["name"] == "default":
+                return entry["template"]
+        return ""
     return template or ""
 
 
@@ -209,8 +218,7 @@ class TokenCache:
         return rows
 
 
-@dataclass
-class DualLoss:
+class DualLoss(NamedTuple):
     total: torch.Tensor  # (), to call backward() on
     answer: torch.Tensor  # (B,) L_PR of each question, detached
     rationale: torch.Tensor  # (R,) L_DL of each rationale, detached
@@ -220,13 +228,9 @@ class DualLoss:
 
 def join(losses):
     """Return the DualLoss of a batch that was computed in parts of equal size."""
-    return DualLoss(
-        total=torch.stack([loss.total.detach() for loss in losses]).mean(),
-        answer=torch.cat([loss.answer for loss in losses]),
-        rationale=torch.cat([loss.rationale for loss in losses]),
-        tokens=sum(loss.tokens for loss in losses),
-        padded=sum(loss.padded for loss in losses),
-    )
+    totals, answers, rationales, tokens, padded = zip(*losses)
+    total = torch.stack(totals).detach().mean()
+    return DualLoss(total, torch.cat(answers), torch.cat(rationales), sum(tokens), sum(padded))
 
 
 def dual_loss(student, token_cache, questions, rationales, lam, alpha=None, prefixes=("explain",)):
@@ -431,8 +435,12 @@ def by_task(questions, marks):
     of_task = {}
     for q, mark in zip(questions, marks):
         of_task.setdefault(q.task, []).append(mark)
-    shares = {task: sum(each) / len(each) for task, each in of_task.items()}
-    return {**shares, "mean": sum(shares.values()) / len(shares)} if shares else {}
+    shares = {}
+    for task, own in of_task.items():
+        shares[task] = sum(own) / len(own)
+    if shares:
+        shares["mean"] = sum(shares.values()) / len(shares)
+    return shares
 
 
 # ----------------------------------------------------------------------------------------- teachers

@@ -212,7 +212,8 @@ class Routing(Choice):
             self.tune(fit, scores)
             embeddings = self.embed(fit)  # (N, D)
         self.fitted_on = dict(embeddings=embeddings, scores=scores.contiguous())
-        return self.router().fit(embeddings, scores).route(self.embed(questions))
+        router = self.router().fit(embeddings, scores)
+        return router.route(self.embed(questions))
 
     def tune(self, questions, scores):
         """Train the encoder too, where a method does that."""
@@ -236,7 +237,8 @@ class Routing(Choice):
             encoder.load_state_dict(own)
             self.encoder = encoder, tokenizer
         probe = self.embed_texts([PROBE])
-        same = probe.shape == tensors["probe"].shape and probe.allclose(tensors["probe"], atol=1e-3)
+        theirs = tensors["probe"]
+        same = probe.shape == theirs.shape and probe.allclose(theirs, atol=1e-3)
         model.require(same, f"{file}: fitted with another encoder; give that one as --encoder")
         return tensors["embeddings"], tensors["scores"]
 
@@ -274,10 +276,10 @@ class ClassifierRouting(Routing):
         return ClassifierRouter(seed=self.args.seed)
 
     def tune(self, questions, scores):
+        encoder, tokenizer = self.encoder = self.open_lm(self.args.encoder)
+        encoder.float()  # small updates are lost in bfloat16
         router = self.router().fit(self.embed(questions), scores)
         self.embeddings.clear()  # they are of the encoder before
-        encoder, tokenizer = self.encoder
-        encoder.float()  # small updates are lost in bfloat16
         ids = kp.TokenCache(tokenizer).prompts(map(kp.ask, questions))
         targets = router.target(scores)
         parameters = [*encoder.parameters(), *router.head.parameters()]
@@ -468,7 +470,8 @@ class Reinforced(Purifier):
             q = self.questions[row]
             right.append(kp.conclusion(text, q.choices) == q.answer)
         l_dl = loss.rationale.float().cpu()  # (B,)
-        z = (l_dl - l_dl.mean()) / (l_dl.std(correction=0) + 1e-6)
+        deviation = l_dl.std(correction=0) + 1e-6
+        z = (l_dl - l_dl.mean()) / deviation
         return torch.tensor(right).float() - self.BETA * z
 
     def feedback(self, step, loss):
@@ -533,22 +536,23 @@ class ReinforcedAsPublished(Reinforced):
         super().fit()
         questions = [self.questions[row] for row in self.rows]
         texts = self.teachers.all_rationales(questions)
-        q = torch.stack([self.states[row] for row in self.rows])  # (N, D)
-        seen = []
+        alone = torch.stack([self.states[row] for row in self.rows])  # E(q), (N, D)
+        states = []
         for m in range(len(self.teachers)):
             own = [texts_of[m] for texts_of in texts]
             right = [kp.conclusion(text, q.choices) == q.answer for text, q in zip(own, questions)]
-            r = self.embed_texts(own) * torch.tensor(right).float()[:, None]  # (N, D)
-            seen.append(torch.cat((q, r), 1))
-        self.states = dict(zip(self.rows, torch.stack(seen, 1)))  # (M, 2 D) of each row
+            right = torch.tensor(right).float()  # (N,)
+            r = self.embed_texts(own) * right[:, None]  # (N, D)
+            states.append(torch.cat((alone, r), 1))
+        self.states = dict(zip(self.rows, torch.stack(states, 1)))  # (M, 2 D) of each row
         generator = torch.Generator().manual_seed(self.args.seed)
-        self.policy = mlp(2 * q.shape[1], self.HIDDEN, torch.zeros(1), generator)
+        self.policy = mlp(2 * alone.shape[1], self.HIDDEN, torch.zeros(1), generator)
         self.optimizer = torch.optim.Adam(self.policy.parameters(), self.LR)
 
     def log_policy(self, rows):
         states = torch.stack([self.states[row] for row in rows])  # (B, M, 2 D)
         chances = self.policy(states)[..., 0].sigmoid()  # (B, M)
-        return (chances / chances.sum(1, keepdim=True)).log()
+        return sum_to_one(chances).log()
 
     def reward(self, step, loss):
         return -(loss.answer + loss.rationale).float().cpu()
@@ -583,9 +587,9 @@ class SimilarityRouter:
     Differences from the paper and its code: f is a two-layer MLP on a frozen encoder, instead of
     the encoder itself; k-means runs on the embeddings, without t-SNE; K = 1 and lam = 0.1 instead
     of 3 and 1 (better on held-out questions); tau = 0.1 instead of 1; "-" are all other teachers,
-    not only the 3 lowest of those that score at most 0.5; training stops when the expected score on validation questions
-    stops rising; and `route` uses the tau that suits these questions best (temperature scaling,
-    Guo et al. 2017), which leaves the argmax as it is.
+    not only the 3 lowest of those that score at most 0.5; training stops when the expected score on
+    validation questions stops rising; and `route` uses the tau that suits these questions best
+    (temperature scaling, Guo et al. 2017), which leaves the argmax as it is.
     """
 
     tau: float = 0.1  # temperature of both losses

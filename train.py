@@ -413,7 +413,7 @@ def learning_rate(step, args):
 
 # ----------------------------------------------------------------------------------- a run's folder
 
-FORMAT = 2  # of a run's folder; another is refused, not misread
+FORMAT = 3  # of a run's folder; another is refused, not misread
 LOG_EVERY = 20  # steps between two moments at which the loop waits for the device, to write its log
 
 
@@ -701,8 +701,9 @@ class Ranks:
         if self.count == 1:
             return loss
         parts = [None] * self.count
-        own = (loss.total.item(), loss.answer.cpu(), loss.rationale.cpu(), loss.tokens, loss.padded)
-        dist.all_gather_object(parts, own)
+        own = loss._replace(total=loss.total.item())
+        own = own._replace(answer=loss.answer.cpu(), rationale=loss.rationale.cpu())
+        dist.all_gather_object(parts, tuple(own))
         totals, answers, explained, tokens, padded = zip(*parts)
         explained = [iter(losses) for losses in explained]  # each rank's, in the order of its rows
         rationale = []

@@ -15,7 +15,9 @@ from purify import (
     ClassifierRouting,
     PlackettLuceRouter,
     Reinforced,
+    ReinforcedAsPublished,
     SimilarityRouter,
+    TaskTeacher,
     best_teacher,
 )
 
@@ -547,7 +549,7 @@ def texts_of(questions):
 
 def fitted(purifier, questions, open_lm, **settings):
     """Return a purifier that is fitted for one batch of all questions."""
-    defaults = dict(seed=0, max_new_tokens=20, fit_questions=None, encoder=None, aggregator=None)
+    defaults = dict(seed=0, max_new_tokens=20, fit_questions=None, encoder=None, aggregator=None, router=None)
     args = SimpleNamespace(**{**defaults, "tune_aggregator": 0, **settings})
     visits = [list(range(len(questions)))]
     made = purifier(args, questions, visits, questions, texts_of(questions), open_lm)
@@ -571,7 +573,7 @@ def test_padding_does_not_count_as_written_by_a_llama_without_a_pad_token(
     read = []
     wrote = []
     for q, said in zip(questions, made.teachers.all_rationales(questions)):
-        ids = torch.tensor([tokenizer.encode(made.prompt(q, said)).ids])
+        ids = torch.tensor([tokenizer.encode(kp.aggregation_prompt(q, said)).ids])
         new = lm.generate(ids, torch.ones_like(ids), 20)[0].tolist()  # alone: no padding
         assert made.texts[questions.index(q)] == [tokenizer.decode(new).strip()]
         read.append(ids.numel())
@@ -603,3 +605,65 @@ def test_a_bfloat16_checkpoint_is_tuned_in_float32(world, teacher_folders, monke
         moved += not torch.equal(before.float(), a)
     assert moved > 0
     assert results[0] == results[1]
+
+
+def test_no_purified_text_was_taught_to_its_writer(monkeypatch):
+    """Each half of the fitting questions teaches one aggregator; the other one writes for it."""
+    questions = [kp.Question(str(i), "t", f"question {i}?", ("yes", "no"), 0) for i in range(10)]
+    taught = []
+    pairs = []
+
+    def write(self, aggregator, tokenizer, todo):
+        pairs.extend((q.id, tuple(taught[-1])) for q in todo)
+        return [f"written after {len(taught)}" for _ in todo]
+
+    monkeypatch.setattr(Aggregation, "tune", lambda self, lm, tokenizer, half: taught.append([q.id for q in half]))
+    monkeypatch.setattr(Aggregation, "write", write)
+    made = fitted(Aggregation, questions, lambda path: (None, None), tune_aggregator=3, fit_questions=6)
+    assert len(taught) == 2 and len(set(taught[0]) | set(taught[1])) == 6
+    assert sorted(name for name, _ in pairs) == sorted(q.id for q in questions)  # each is written once
+    assert all(name not in half for name, half in pairs)
+    assert all(len(made.given(row)) == 1 for row in made.rows)
+
+
+def test_the_published_rl_draws_by_its_sigmoids_and_sees_only_right_rationales():
+    questions = [kp.Question(str(i), "t", f"question {i}?", ("yes", "no"), 0) for i in range(4)]
+    visits = [[0, 1, 2, 3]] * 3
+    made = ReinforcedAsPublished(SimpleNamespace(seed=0), questions, visits, questions, Sayings(), None)
+    made.embed_texts = lambda texts: torch.tensor([[float(len(text)), 1.0] for text in texts])
+    made.fit()
+    state = made.states[2]  # (M, 2 D)
+    assert torch.equal(state[0, 2:], torch.tensor([len("the answer is yes"), 1.0]))  # right: it is seen
+    assert torch.equal(state[1, 2:], torch.zeros(2))  # wrong: it is not
+    with torch.no_grad():
+        made.policy[2].weight.normal_()
+    chances = made.policy(torch.stack([made.states[row] for row in range(4)]))[..., 0].sigmoid()
+    assert torch.allclose(made.log_policy([0, 1, 2, 3]).exp(), chances / chances.sum(1, keepdim=True))
+    made.rationales(0)
+    loss = kp.DualLoss(None, torch.tensor([1.0, 2, 3, 4]), torch.full((4,), 0.5), 0, 0)
+    assert torch.equal(made.reward(0, loss), torch.tensor([-1.5, -2.5, -3.5, -4.5]))
+
+
+class Sayings:
+    """Two teachers: the first is always right, the second never."""
+
+    def __len__(self):
+        return 2
+
+    def all_rationales(self, questions):
+        return [["the answer is yes", "the answer is no"] for _ in questions]
+
+    def rationales(self, questions, picks):
+        return [("the answer is yes", "the answer is no")[m] for m in picks]
+
+
+def test_the_best_teacher_of_each_task_and_of_all_where_a_task_is_new():
+    def q(i, task):
+        return kp.Question(str(i), task, f"question {i}?", ("yes", "no"), 0)
+
+    fit = [q(0, "a"), q(1, "a"), q(2, "b")]
+    scores = {"0": (0.9, 0.1), "1": (0.2, 0.4), "2": (0.0, 0.3)}
+    teachers = SimpleNamespace(scores=lambda qs: torch.tensor([scores[q.id] for q in qs]), __len__=None)
+    made = TaskTeacher(SimpleNamespace(seed=0, fit_questions=None), fit, [[0]], fit, teachers, None)
+    made.certain = lambda picks: picks.tolist()
+    assert made.choose([q(5, "b"), q(6, "a"), q(7, "new")]) == [1, 0, 0]  # means .37 and .27 over all
