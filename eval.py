@@ -100,21 +100,23 @@ def evaluate(args):
     and TinyLLM's accuracy, the share of answers that it generates word by word.
     """
     settings, student, tokenizer = open_student(args)
-    folder = args.data
-    if folder is None and settings:
-        folder = settings.data
-    how = settings or train.parse_args([])
-    data = read_data(folder or prepare.prepare(how.world, how.well_read))
-    how.per_token |= args.per_token
+    if settings is None:  # a bare checkpoint: measured as a run with default arguments would be
+        settings = train.parse_args([])
+        settings.data = args.data
+        train.settle(settings)
+    folder = args.data or settings.data
+    data = read_data(folder or prepare.prepare(settings.world, settings.well_read))
+    settings.per_token |= args.per_token
     n_prefixes = 0
-    if how.teacher_prefixes:
+    if settings.teacher_prefixes:
         n_prefixes = len(model.read_json(Path(args.run) / "result.json")["teachers"])
     prefixes = kp.explain_prefixes(n_prefixes)
     shares = {}
     for split, label in (("test", ""), ("ood/test", "out of domain: ")):
         questions = data.get(split, [])
         if questions:
-            for name, share in train.measure(how, student, tokenizer, questions, prefixes).items():
+            found = train.measure(settings, student, tokenizer, questions, prefixes)
+            for name, share in found.items():
                 shares[label + name.replace("_", " ")] = share
             shares[label + "exact match"] = kp.exact_match(student, tokenizer, questions)
     return shares

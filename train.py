@@ -16,7 +16,7 @@ import os
 import sys
 
 
-WHICH_PURIFIERS = """router, plackett-luce, classifier, aggregate, rl, rl-published; or a control:
+WHICH_PURIFIERS = """router, plackett-luce, rl, rl-published, classifier, aggregate; or a control:
 none (TinyLLM, all rationales), single, task (the best teacher of each task), random, oracle (the
 best-scoring teacher of each question), answers (no rationale)"""
 WHICH_TEACHERS = """checkpoint folders, and .jsonl files of ready rationales (default: DATA/rationales/*;
@@ -84,6 +84,7 @@ ARGUMENTS = {
         ("weight-decay", weight, 0.1, "of AdamW"),
         ("warmup", natural, 50, "steps of linear warm-up, then cosine decay to zero"),
         ("clip", weight, 1.0, "largest norm of the gradient"),
+        ("explain", positive, None, "questions to explain, measured (default: micro world all, else 100)"),
         ("eval-every", positive, 200, "steps between evaluations on valid, and checkpoints"),
         ("device", str, None, "cpu or cuda (default: cuda if there is one)"),
         ("dtype", str, None, "float32 or bfloat16 (default: bfloat16 on cuda)"),
@@ -196,10 +197,10 @@ def train(args):
             run.save(step + 1, student, optimizer, purifier, seconds)
 
     # Evaluate, and write what the run leaves behind. All ranks ask teachers, rank 0 does the rest.
-    figures = purifier.figures()
-    if ranks.rank != 0:
-        return None
     with seconds("evaluate"):
+        figures = purifier.figures()
+        if ranks.rank != 0:
+            return None
         run.log(args.steps, valid=measure(args, student, tokenizer, valid, prefixes))
         figures |= measure_test(args, student, tokenizer, data, prefixes)
     model.save(student, tokenizer, run.folder / "student")
@@ -224,6 +225,7 @@ def settle(args):
         lam=4.0 if in_micro_world else 1.0,
         lr=1.5e-3 if args.student == "tiny" else 3e-4,
         shots=0 if in_micro_world else 2,
+        explain=10**9 if in_micro_world else 100,
         max_new_tokens=64 if in_micro_world else 256,
         tune_aggregator=800 if in_micro_world and not args.aggregator else 0,
     )
@@ -335,17 +337,18 @@ def training_questions(args, data):
 def measure(args, student, tokenizer, questions, prefixes):
     """Return what a student can, in shares {task: x, ..., "mean": x}: accuracy; explains_right,
     its own explanations that conclude on the right choice; and where the data set knows the true
-    rationales explains_true, those that are it word by word. Of several prefixes the best counts,
-    which flatters them.
+    rationales explains_true, those that are it word by word; both of --explain questions. Of
+    several prefixes the best counts, which flatters them.
     """
     best = {}
+    some = random.Random(0).sample(questions, min(args.explain, len(questions)))
     for prefix in prefixes:
-        texts = kp.explanations(student, tokenizer, questions, args.max_new_tokens, prefix)
-        right = [kp.conclusion(text, q.choices) == q.answer for text, q in zip(texts, questions)]
-        shares = {"explains_right": kp.by_task(questions, right)}
-        if all(q.truth for q in questions):
-            true = [text == q.truth for text, q in zip(texts, questions)]
-            shares["explains_true"] = kp.by_task(questions, true)
+        texts = kp.explanations(student, tokenizer, some, args.max_new_tokens, prefix)
+        right = [kp.conclusion(text, q.choices) == q.answer for text, q in zip(texts, some)]
+        shares = {"explains_right": kp.by_task(some, right)}
+        if all(q.truth for q in some):
+            true = [text == q.truth for text, q in zip(texts, some)]
+            shares["explains_true"] = kp.by_task(some, true)
         for name, share in shares.items():
             best[name] = max(share, best.get(name, share), key=lambda share: share["mean"])
     return {"accuracy": kp.accuracy(student, tokenizer, questions, args.per_token), **best}

@@ -180,7 +180,7 @@ def test_the_learning_rate_warms_up_and_decays_to_zero():
 @pytest.fixture
 def as_micro_world(world, monkeypatch):
     """Take the tests' world for the micro world: a run without --data."""
-    monkeypatch.setattr(train.prepare, "prepare", lambda seed: world)
+    monkeypatch.setattr(train.prepare, "prepare", lambda seed, well_read: world)
 
 
 def run_micro(tmp_path, *arguments):
