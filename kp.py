@@ -135,8 +135,10 @@ def chat_format(folder, tokenizer):
     if "<|im_start|>" in template:
         no_thoughts = "<think>\n\n</think>\n\n" if "enable_thinking" in template else ""
         return "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n" + no_thoughts
-    if "[INST]" in template:
-        return "[INST] {} [/INST]"
+    if "[INST]" in template:  # Llama-2 and the first Mistrals put spaces inside
+        before = " " if "[INST] " in template else ""
+        after = " " if " [/INST]" in template else ""
+        return f"[INST]{before}{{}}{after}[/INST]"
     if template:
         model.say_once(f"{folder}: its chat template is of no known family; asked without it")
     return "{}"

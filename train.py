@@ -85,7 +85,7 @@ ARGUMENTS = {
         ("warmup", natural, 50, "steps of linear warm-up, then cosine decay to zero"),
         ("clip", weight, 1.0, "largest norm of the gradient"),
         ("explain", positive, None, "questions to explain, measured (default: micro world all, else 100)"),
-        ("eval-every", positive, 200, "steps between evaluations on valid, and checkpoints"),
+        ("eval-every", positive, 500, "steps between evaluations on valid, and checkpoints"),
         ("device", str, None, "cpu or cuda (default: cuda if there is one)"),
         ("dtype", str, None, "float32 or bfloat16 (default: bfloat16 on cuda)"),
         ("compile", flag, False, "torch.compile the student: a slow start, faster steps"),

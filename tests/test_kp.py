@@ -432,13 +432,17 @@ ASKED = "Question: Which {swims}? (a) oak (b) trout"
 PLAIN = f"{ASKED} Think step by step, and end with: the answer is (x)."
 
 # What transformers 5.14's apply_chat_template(add_generation_prompt=True) renders with these templates for
-# the message " Question: Which {swims}? (a) oak (b) trout ", without the first token, which the tokenizer adds.
+# the message "Question: Which {swims}? (a) oak (b) trout", without the first token, which the tokenizer adds.
 LLAMA_2 = "{{ bos_token + '[INST] ' + content.strip() + ' [/INST]' }}"
 LLAMA_3 = "{% set content = '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n' %}"
 LLAMA_31 = LLAMA_3 + '{{- "Cutting Knowledge Date: December 2023\n" }}{%- set date_string = "26 Jul 2024" %}'
+MISTRAL = "{{ '[INST] ' + message['content'] + ' [/INST]' }}"
+MISTRAL_NEMO = '{{- "[INST]" + message["content"] + "[/INST]" }}'
 QWEN_3 = "{{- '<|im_start|>' + message.role }}{%- if enable_thinking is false %}"
 GOLDEN = {
     LLAMA_2: f"[INST] {ASKED} [/INST]",
+    MISTRAL: f"[INST] {ASKED} [/INST]",
+    MISTRAL_NEMO: f"[INST]{ASKED}[/INST]",
     LLAMA_3: f"<|start_header_id|>user<|end_header_id|>\n\n{ASKED}<|eot_id|>"
     "<|start_header_id|>assistant<|end_header_id|>\n\n",
     LLAMA_31: "<|start_header_id|>system<|end_header_id|>\n\nCutting Knowledge Date: December 2023\n"

@@ -598,3 +598,25 @@ def test_a_router_that_does_not_fit_is_refused(world, teacher_folders, tmp_path)
     file.write_bytes(b"torn")
     with pytest.raises(model.BadInput, match="router.safetensors: not readable as safetensors"):
         run(world, teacher_folders, tmp_path, "--purifier", "router", *where, name="d")
+
+
+@pytest.mark.parametrize("purifier", ["router", "none", "rl"])
+def test_teachers_that_are_texts_and_a_checkpoint_together(world, teacher_folders, tmp_path, purifier):
+    """Three files with their own scores and one checkpoint: none of the files needs a scoring LM."""
+    data = tmp_path / "data"
+    shutil.copytree(world, data, ignore=shutil.ignore_patterns("teachers", "ood"))
+    paths = []
+    for m, name in enumerate(("gpt", "claude", "gemini")):
+        rows = []
+        for i, q in enumerate(read_lines(data / "train.jsonl")):
+            text = f"{name} thinks. So the answer is {q['choices'][q['answer']]}."
+            rows.append(dict(id=q["id"], rationale=text, score=0.9 if i % 3 == m else 0.1))
+        paths.append(write_lines(tmp_path / f"{name}.jsonl", rows))
+    paths.insert(1, teacher_folders[1])
+    how = ["--purifier", purifier, "--scorer", str(tmp_path / "nowhere")]
+    folder = run(data, paths, tmp_path, *how)
+    result = result_of(folder)
+    assert result["teachers"] == ["gpt", "llama-2", "claude", "gemini"]
+    given = [row["rationales"] for row in read_lines(folder / "purified.jsonl")]
+    assert {len(texts) for texts in given} == {4 if purifier == "none" else 1}
+    assert any("thinks. So the answer is" in text for texts in given for text in texts)
