@@ -341,7 +341,9 @@ def measure(args, student, tokenizer, questions, prefixes):
     several prefixes the best counts, which flatters them.
     """
     best = {}
-    some = random.Random(0).sample(questions, min(args.explain, len(questions)))
+    n = len(questions)
+    rows = random.Random(0).sample(range(n), min(args.explain, n))
+    some = [questions[row] for row in sorted(rows)]
     for prefix in prefixes:
         texts = kp.explanations(student, tokenizer, some, args.max_new_tokens, prefix)
         right = [kp.conclusion(text, q.choices) == q.answer for text, q in zip(texts, some)]

@@ -406,7 +406,7 @@ def test_a_run_of_another_format_is_refused(world, tmp_path, capsys):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "config.json").write_text('{"format": 99}')
     line = one_line(given(world, tmp_path, "--overwrite"), capsys)
-    assert "format 99, this code writes 2" in line
+    assert "format 99, this code writes 3" in line
 
 
 def soak(world, folder, purifier, number):
