@@ -431,8 +431,10 @@ HEADER_TOKENS = ["<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
 ASKED = "Question: Which {swims}? (a) oak (b) trout"
 PLAIN = f"{ASKED} Think step by step, and end with: the answer is (x)."
 
-# What transformers 5.14's apply_chat_template(add_generation_prompt=True) renders with these templates for
-# the message "Question: Which {swims}? (a) oak (b) trout", without the first token, which the tokenizer adds.
+# The marks of each family's chat template, and what it renders for one user's message, without the first token,
+# which the tokenizer adds. Llama-2's, Llama-3's, Mistral Nemo's and Qwen-3's were rendered by transformers 5.23.0
+# (apply_chat_template with add_generation_prompt). Llama-3.1's system block and the first Mistral's spaces are
+# written down from the templates that Meta and Mistral publish: those were not at hand to be rendered.
 LLAMA_2 = "{{ bos_token + '[INST] ' + content.strip() + ' [/INST]' }}"
 LLAMA_3 = "{% set content = '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n' %}"
 LLAMA_31 = LLAMA_3 + '{{- "Cutting Knowledge Date: December 2023\n" }}{%- set date_string = "26 Jul 2024" %}'
