@@ -151,7 +151,7 @@ def look(args):
 
 
 def print_rationale(label, text, q):
-    print_line(label, text, kp.conclusion(text, q.choices) == q.answer)
+    print_line(label, text, kp.is_right(text, q))
 
 
 def print_line(label, text, right=None, bold=False):
@@ -337,14 +337,15 @@ def compare(args):
     rows, against = rows_of(args)
     results = run_all(args, rows)
     first = next(iter(results.values()))
-    header = ["", *first[0]["accuracy"], *list(measured(first).values())[1:], "given true"]
+    measures = measured(first)
+    header = ["", *first[0]["accuracy"], *list(measures.values())[1:], "given true"]
     header += ["teachers wrote k", "all read k", "student k", "train s"]
     lines = []
     for label, runs in results.items():
         cells = [label]
         for task in first[0]["accuracy"]:
             cells.append(spread([run["accuracy"][task] for run in runs]))
-        for measure in list(measured(first))[1:]:
+        for measure in list(measures)[1:]:
             cells.append(spread([run[measure]["mean"] for run in runs]))
         true = [run["purified_true"] for run in runs if run["purified_true"] is not None]
         cells.append(spread(true) if true else "")
@@ -355,9 +356,9 @@ def compare(args):
     for other in against:
         lines = []
         for label, runs in results.items():
-            gaps = [difference(runs, results[other], measure) for measure in measured(first)]
+            gaps = [difference(runs, results[other], measure) for measure in measures]
             lines.append([label, *(gaps if label != other else [""] * len(gaps))])
-        header = [f"points above {other}", *measured(first).values()]
+        header = [f"points above {other}", *measures.values()]
         publish(args, f"{name}-above-{as_file_name(other)}", header, lines, lines)
     if args.curve:
         curve(args, name, rows)

@@ -177,6 +177,11 @@ def conclusion(rationale, choices):
     return max(named, key=lambda i: len(choices[i]), default=None)
 
 
+def is_right(rationale, q):
+    """Tell whether a rationale concludes on the right choice."""
+    return conclusion(rationale, q.choices) == q.answer
+
+
 # ------------------------------------------------------------------------------------ the dual loss
 
 MAX_LENGTH = 512  # tokens of a student's prompt, and of a target
@@ -606,7 +611,7 @@ class CheckpointTeacher:
         texts = self.texts(tried, [self.frame(self.ask_rationale(e)) for e in tried])
         right = []
         for e, text in zip(tried, texts):
-            if conclusion(text, e.choices) == e.answer:
+            if is_right(text, e):
                 right.append((e, explained(e, text)))
         self.worked[task] = right
 

@@ -419,10 +419,7 @@ class Reinforced(Purifier):
     def fit(self):
         embeddings = self.embed([self.questions[row] for row in self.rows])  # (N, D)
         self.states = dict(zip(self.rows, Standardize(embeddings)(embeddings)))
-        M = len(self.teachers)
-        generator = torch.Generator().manual_seed(self.args.seed)
-        self.policy = mlp(embeddings.shape[1], self.HIDDEN, torch.zeros(M), generator)
-        self.optimizer = torch.optim.Adam(self.policy.parameters(), self.LR)
+        self.start_policy(embeddings.shape[1], len(self.teachers))
         self.baseline = 0.0
 
         # What was drawn so far, one entry a visit: the teacher, log pi then, and the reward.
@@ -432,6 +429,12 @@ class Reinforced(Purifier):
         self.rewards = torch.zeros(0)
         self.written = []
         self.texts = {}
+
+    def start_policy(self, D, n_outputs):
+        """Make the MLP; all its outputs start at 0."""
+        generator = torch.Generator().manual_seed(self.args.seed)
+        self.policy = mlp(D, self.HIDDEN, torch.zeros(n_outputs), generator)
+        self.optimizer = torch.optim.Adam(self.policy.parameters(), self.LR)
 
     def log_policy(self, rows):
         """Return log pi(m | q) of these rows, (B, M)."""
@@ -467,8 +470,7 @@ class Reinforced(Purifier):
         """Return R of this step's draws, (B,)."""
         right = []
         for row, text in zip(self.visits[step], self.written[self.batch(step)]):
-            q = self.questions[row]
-            right.append(kp.conclusion(text, q.choices) == q.answer)
+            right.append(kp.is_right(text, self.questions[row]))
         l_dl = loss.rationale.float().cpu()  # (B,)
         deviation = l_dl.std(correction=0) + 1e-6
         z = (l_dl - l_dl.mean()) / deviation
@@ -540,14 +542,11 @@ class ReinforcedAsPublished(Reinforced):
         states = []
         for m in range(len(self.teachers)):
             own = [texts_of[m] for texts_of in texts]
-            right = [kp.conclusion(text, q.choices) == q.answer for text, q in zip(own, questions)]
-            right = torch.tensor(right).float()  # (N,)
+            right = torch.tensor(list(map(kp.is_right, own, questions))).float()  # (N,)
             r = self.embed_texts(own) * right[:, None]  # (N, D)
             states.append(torch.cat((alone, r), 1))
         self.states = dict(zip(self.rows, torch.stack(states, 1)))  # (M, 2 D) of each row
-        generator = torch.Generator().manual_seed(self.args.seed)
-        self.policy = mlp(2 * alone.shape[1], self.HIDDEN, torch.zeros(1), generator)
-        self.optimizer = torch.optim.Adam(self.policy.parameters(), self.LR)
+        self.start_policy(2 * alone.shape[1], 1)
 
     def log_policy(self, rows):
         states = torch.stack([self.states[row] for row in rows])  # (B, M, 2 D)

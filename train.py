@@ -346,8 +346,7 @@ def measure(args, student, tokenizer, questions, prefixes):
     some = [questions[row] for row in sorted(rows)]
     for prefix in prefixes:
         texts = kp.explanations(student, tokenizer, some, args.max_new_tokens, prefix)
-        right = [kp.conclusion(text, q.choices) == q.answer for text, q in zip(texts, some)]
-        shares = {"explains_right": kp.by_task(some, right)}
+        shares = {"explains_right": kp.by_task(some, map(kp.is_right, texts, some))}
         if all(q.truth for q in some):
             true = [text == q.truth for text, q in zip(texts, some)]
             shares["explains_true"] = kp.by_task(some, true)
@@ -624,11 +623,12 @@ class Run:
             empty_rationales=n_empty,
             seconds={stage: round(value, 2) for stage, value in seconds.items()},
         )
-        if purifier.kept():
+        kept = purifier.kept()
+        if kept:
             about = dict(purifier=self.args.purifier, teachers=purifier.teachers.names)
             about = {name: json.dumps(value) for name, value in about.items()}
             with model.atomic(self.router) as temporary:
-                save_file(purifier.kept(), temporary, about)
+                save_file(kept, temporary, about)
         model.write_json(self.result, result)
         self.checkpoint.unlink(missing_ok=True)
         return result
@@ -706,8 +706,8 @@ class Ranks:
         if self.count == 1:
             return loss
         parts = [None] * self.count
-        own = loss._replace(total=loss.total.item())
-        own = own._replace(answer=loss.answer.cpu(), rationale=loss.rationale.cpu())
+        on_cpu = dict(answer=loss.answer.cpu(), rationale=loss.rationale.cpu())
+        own = loss._replace(total=loss.total.item(), **on_cpu)
         dist.all_gather_object(parts, tuple(own))
         totals, answers, explained, tokens, padded = zip(*parts)
         explained = [iter(losses) for losses in explained]  # each rank's, in the order of its rows

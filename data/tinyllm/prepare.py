@@ -25,8 +25,8 @@ import model
 from data.questions import read_questions
 from model import require
 
-# How many test questions the published figures are of.
 IN_DOMAIN = ("obqa", "arc", "riddle", "pubmedqa")
+# How many test questions the published figures are of.
 TEST_SIZES = {"obqa": 500, "arc": 1165, "riddle": 510, "pubmedqa": 400, "piqa": 919, "bioasq": 123}
 AGAIN = "download the repository again"
 
@@ -77,7 +77,10 @@ def convert(folder, out):
     train = next(folder.glob("*_train.json"))
     splits = {}
     for split in ("train", "valid", "test"):
-        splits[split] = read_questions(train.with_name(train.name.replace("_train", f"_{split}")))
+        file = train.with_name(train.name.replace("_train", f"_{split}"))
+        splits[split] = []
+        for q in read_questions(file):
+            splits[split].append(replace(q, task=name, id=f"{name}-{q.id}"))
     texts = read_texts(folder, len(splits["train"]))
     n = len(splits["test"])
     expected = TEST_SIZES.get(name, n)
@@ -85,14 +88,12 @@ def convert(folder, out):
     require(n == expected, f"{folder}: {why}")
 
     for split, questions in splits.items():
-        rows = [asdict(replace(q, task=name, id=f"{name}-{q.id}")) for q in questions]
+        rows = list(map(asdict, questions))
         for row in rows:
             del row["truth"]  # no rationale of theirs is known to be true
         write_lines(out / f"{split}.jsonl", rows)
     for teacher, own in texts.items():
-        rows = []
-        for q, text in zip(splits["train"], own):
-            rows.append(dict(id=f"{name}-{q.id}", rationale=text))
+        rows = [dict(id=q.id, rationale=text) for q, text in zip(splits["train"], own)]
         write_lines(out / "rationales" / f"{teacher}.jsonl", rows)
     sizes = {split: len(questions) for split, questions in splits.items()}
     return {**sizes, "teachers": list(texts)}
