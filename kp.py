@@ -10,16 +10,17 @@ that a teacher might say besides text (logits, hidden states), because the metho
 alone.
 """
 
-import errno
+import functools
 import hashlib
 import json
 import math
-import os
 import random
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from dataclasses import dataclass
+from itertools import cycle
 from pathlib import Path
+from statistics import fmean
 from types import SimpleNamespace
 from typing import NamedTuple
 
@@ -73,10 +74,7 @@ def explain_prompt(q, prefix="explain"):
 
 def explain_prefixes(n_teachers):
     """Return the prefix of each teacher's rationales, as TinyLLM publishes it. Of 0: one for all."""
-    prefixes = []
-    for m in range(n_teachers):
-        prefixes.append(f"explain {m + 1}")
-    return prefixes or ["explain"]
+    return [f"explain {m + 1}" for m in range(n_teachers)] or ["explain"]
 
 
 def score_prompt(q, examples=(), rationale=""):
@@ -114,7 +112,27 @@ def aggregation_prompt(q, rationales):
     return f"{prompt} {told}"
 
 
-TODAY = "26 Jul 2024"  # which Llama-3.1's template says where it is not told the date
+CHATML = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
+LLAMA_3 = """<|start_header_id|>user<|end_header_id|>
+
+{}<|eot_id|><|start_header_id|>assistant<|end_header_id|>
+
+"""
+LLAMA_31_SYSTEM = """<|start_header_id|>system<|end_header_id|>
+
+Cutting Knowledge Date: December 2023
+Today Date: 26 Jul 2024
+
+<|eot_id|>"""  # the date that its template says where it is told none
+CHAT_FORMATS = {  # what only this family's template holds: what it renders. The first that fits
+    "Cutting Knowledge Date": LLAMA_31_SYSTEM + LLAMA_3,
+    "<|start_header_id|>": LLAMA_3,
+    "enable_thinking": CHATML + "<think>\n\n</think>\n\n",
+    "<|im_start|>": CHATML,
+    " [/INST]": "[INST] {} [/INST]",  # Llama-2 and the first Mistrals put spaces inside
+    "[INST] ": "[INST] {}[/INST]",
+    "[INST]": "[INST]{}[/INST]",
+}
 
 
 def chat_format(folder, tokenizer):
@@ -125,20 +143,9 @@ def chat_format(folder, tokenizer):
     Without a template (T5, base models) it is "{}". The tokenizer itself puts <s> before it.
     """
     template = chat_template(folder)
-    header = "<|start_header_id|>{}<|end_header_id|>\n\n"
-    if header[:18] in template:
-        system = ""
-        if "Cutting Knowledge Date" in template:
-            dates = f"Cutting Knowledge Date: December 2023\nToday Date: {TODAY}\n\n"
-            system = header.format("system") + dates + "<|eot_id|>"
-        return system + header.format("user") + "{}<|eot_id|>" + header.format("assistant")
-    if "<|im_start|>" in template:
-        no_thoughts = "<think>\n\n</think>\n\n" if "enable_thinking" in template else ""
-        return "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n" + no_thoughts
-    if "[INST]" in template:  # Llama-2 and the first Mistrals put spaces inside
-        before = " " if "[INST] " in template else ""
-        after = " " if " [/INST]" in template else ""
-        return f"[INST]{before}{{}}{after}[/INST]"
+    for mark, rendered in CHAT_FORMATS.items():
+        if mark in template:
+            return rendered
     if template:
         model.say_once(f"{folder}: its chat template is of no known family; asked without it")
     return "{}"
@@ -149,13 +156,11 @@ def chat_template(folder):
     file = folder / "chat_template.jinja"
     if file.exists():
         return file.read_text(encoding="utf-8")
-    settings = folder / "tokenizer_config.json"
-    template = model.read_json(settings).get("chat_template") if settings.exists() else None
+    file = folder / "tokenizer_config.json"
+    settings = model.read_json(file) if file.exists() else {}
+    template = settings.get("chat_template")
     if isinstance(template, list):  # several, by name
-        for entry in template:
-            if entry["name"] == "default":
-                return entry["template"]
-        return ""
+        template = {entry["name"]: entry["template"] for entry in template}.get("default")
     return template or ""
 
 
@@ -166,13 +171,13 @@ def conclusion(rationale, choices):
     X is the text of a choice, perhaps with an article, or its letter as "(b)" or "b". Words are
     whole, so "not clear" is no "no". Where several choices fit, the longest one counts.
     """
-    said = re.split(r"answer is:?", rationale, flags=re.IGNORECASE)
-    tail = said[-1].strip(" .\"'").lower()
+    _, cue, tail = rationale.lower().rpartition("answer is")
+    tail = tail.strip(" :.\"'")
     named = []
     for i, choice in enumerate(choices):
+        text = re.escape(choice.lower())
         letter = LETTERS[i]
-        words = [re.escape(choice.lower()), rf"\({letter}\)", rf"{letter}\W*$"]
-        if len(said) > 1 and re.match(rf"(an? |the )?({'|'.join(words)})(?!\w)", tail):
+        if cue and re.match(rf"(an? |the )?({text}|\({letter}\)|{letter}\W*$)(?!\w)", tail):
             named.append(i)
     return max(named, key=lambda i: len(choices[i]), default=None)
 
@@ -193,12 +198,7 @@ class TokenCache:
     def __init__(self, tokenizer, max_length=MAX_LENGTH):
         self.tokenizer = tokenizer
         self.max_length = max_length
-        self.known = {}
-
-    def encode(self, texts):
-        new = list({text for text in texts if text not in self.known})
-        self.known.update(zip(new, model.encode(self.tokenizer, new)))
-        return [self.known[text] for text in texts]
+        self.ids = functools.cache(lambda text: tokenizer.encode(text).ids)
 
     def prompts(self, texts):
         """Return the ids of prompts. What is too long loses the beginning of its context.
@@ -206,8 +206,8 @@ class TokenCache:
         Question and choices stand at the end. The first word stays: it names the task.
         """
         rows = []
-        texts = list(texts)
-        for text, ids in zip(texts, self.encode(texts)):
+        for text in texts:
+            ids = self.ids(text)
             if len(ids) > self.max_length:
                 first_word = self.tokenizer.encode(text.split()[0], add_special_tokens=False).ids
                 ids = model.keep_end(ids, self.max_length, len(first_word))
@@ -217,12 +217,8 @@ class TokenCache:
 
     def targets(self, texts):
         """Return the ids of targets. What is too long loses its end, but not the end token."""
-        rows = []
-        for ids in self.encode(texts):
-            if len(ids) > self.max_length:
-                ids = ids[: self.max_length - 1] + ids[-1:]
-            rows.append(ids)
-        return rows
+        most = self.max_length
+        return [model.keep_end(self.ids(text), most, most - 1) for text in texts]
 
 
 class DualLoss(NamedTuple):
@@ -259,8 +255,8 @@ def dual_loss(student, token_cache, questions, rationales, lam, alpha=None, pref
     texts = []
     alphas = []
     for q, own in zip(questions, rationales):
-        for m, text in enumerate(own):
-            prompts.append(explain_prompt(q, prefixes[m % len(prefixes)]))
+        for text, prefix in zip(own, cycle(prefixes)):
+            prompts.append(explain_prompt(q, prefix))
             texts.append(text)
             weight = lam / len(own) if alpha is None else alpha
             alphas.append(weight if text else 0.0)
@@ -439,14 +435,12 @@ def exact_match(student, tokenizer, questions, max_new_tokens=64):
 
 def by_task(questions, marks):
     """Return the share of marks that are True: {task: share, "mean": over tasks}; {} of none."""
-    of_task = {}
+    of_task = defaultdict(list)
     for q, mark in zip(questions, marks):
-        of_task.setdefault(q.task, []).append(mark)
-    shares = {}
-    for task, own in of_task.items():
-        shares[task] = sum(own) / len(own)
+        of_task[q.task].append(mark)
+    shares = {task: fmean(own) for task, own in of_task.items()}
     if shares:
-        shares["mean"] = sum(shares.values()) / len(shares)
+        shares["mean"] = fmean(shares.values())
     return shares
 
 
@@ -480,20 +474,17 @@ class Teachers:
         """Return (N, M). count=False keeps it out of the ledger: for figures that no purifier
         sees.
         """
-        columns = []
-        for m in range(len(self)):
-            columns.append(self.at_hand(m).scores(questions, count))
+        columns = [self.at_hand(m).scores(questions, count) for m in range(len(self))]
         return torch.tensor(columns).T
 
     def rationales(self, questions, picks):
         """Return the rationale that teacher picks[i] gives to questions[i], N texts."""
-        texts = [None] * len(questions)
+        texts = {}
         for m in sorted(set(picks)):
-            rows = [row for row, pick in enumerate(picks) if pick == m]
-            own = self.at_hand(m).rationales([questions[row] for row in rows])
-            for row, text in zip(rows, own):
-                texts[row] = text
-        return texts
+            own = [q for q, pick in zip(questions, picks) if pick == m]
+            for q, text in zip(own, self.at_hand(m).rationales(own)):
+                texts[q, m] = text
+        return [texts[pair] for pair in zip(questions, picks)]
 
     def all_rationales(self, questions):
         """Return the rationales of all teachers for each question: N lists of M texts."""
@@ -524,8 +515,6 @@ class Asking:
 
 ONE_PROCESS = SimpleNamespace(rank=0, count=1, wait=lambda: None)  # train.Ranks without torchrun
 FORMAT = 2  # of the cache's records; another is refused, not misread
-
-
 TRIED = 16  # training questions of a task, among which a teacher finds its examples
 
 
@@ -544,42 +533,39 @@ class CheckpointTeacher:
         self.folder = Path(folder)
         why = "no such folder; --teachers takes checkpoint folders and .jsonl files"
         require(self.folder.is_dir(), f"{folder}: {why}")
-        self.name = self.folder.name
-        self.asking = asking
-        self.examples = examples
-        self.solved = {}  # {task: [(question, example)]} for scores
-        self.worked = {}  # the same for rationales
-        for e in examples:
-            self.solved.setdefault(e.task, []).append((e, solved(e)))
-        self.ranks = ranks
         config = model.read_config(self.folder)
         self.kind = config.get("model_type")
         why = f"model_type {self.kind!r} cannot teach; take a t5, llama or mistral"
         require(self.kind in ("t5", "llama", "mistral"), f"{self.folder / 'config.json'}: {why}")
-        self.file = Path(cache) / fingerprint(self.folder)[:16] / "said.jsonl"
-        self.said = read_cache(self.file)
-        self.size = sum(file.stat().st_size for file in model.weight_files(self.folder))
+        self.name = self.folder.name
+        self.asking = asking
+        self.examples = examples if asking.shots else ()
+        self.ranks = ranks
         self.loaded = None
         self.counted = set()
         self.ledger = Counter()
 
-        # How it reads: its tokenizer, special tokens, room for a prompt, chat format.
+        # How it reads: its tokenizer, its chat format, the room for a prompt.
         vocab_size = config.get("vocab_size", 2**31)
         self.tokenizer = model.load_tokenizer(self.folder / "tokenizer.json", vocab_size)
-        special = self.tokenizer.get_added_tokens_decoder().values()
-        self.special = [token.content for token in special if token.special]
+        self.chat = chat_format(self.folder, self.tokenizer)
         self.room = config.get("max_position_embeddings", config.get("n_positions", 512))
         if self.kind != "t5":
             self.room -= asking.max_new_tokens
-        self.chat = chat_format(self.folder, self.tokenizer)
+
+        # What these weights have said.
+        weights = model.weight_files(self.folder)
+        self.size = sum(file.stat().st_size for file in weights)
+        decisive = [self.folder / "config.json", self.folder / "tokenizer.json", *weights]
+        self.file = Path(cache) / fingerprint(decisive)[:16] / "said.jsonl"
+        self.said = read_cache(self.file)
 
     def scores(self, questions, count=True):
         """Return the probability of the right choice among the choices, N floats."""
-        prompts = self.prompts(questions, score_prompt, self.solved)
-        settings = [q.choices for q in questions]
-        records = self.look_up("score", questions, prompts, settings, self.score, count)
+        examples = zip(self.examples, map(solved, self.examples))
+        prompts = self.prompts(questions, score_prompt, examples)
         scores = []
-        for q, record in zip(questions, records):
+        for q, record in zip(questions, self.look_up("score", questions, prompts, count)):
             logps = weigh_choices(record["logps"], record["lengths"], self.asking.per_token)
             probabilities = torch.tensor(logps).softmax(0)
             scores.append(float(probabilities[q.answer]))
@@ -587,96 +573,89 @@ class CheckpointTeacher:
 
     def rationales(self, questions):
         """Return N rationales: greedy, and by default written without knowing the answer."""
-        for task in {q.task for q in questions}:
-            self.work_out_examples(task)
-        prompts = self.prompts(questions, self.ask_rationale, self.worked)
-        return self.texts(questions, prompts)
-
-    def texts(self, questions, prompts):
-        settings = [self.asking.max_new_tokens] * len(questions)
-        records = self.look_up("rationale", questions, prompts, settings, self.write)
-        return [record["text"] for record in records]
+        examples = self.worked_out({q.task for q in questions})
+        return self.texts(questions, self.prompts(questions, self.ask_rationale, examples))
 
     def ask_rationale(self, q, examples=()):
         return rationale_prompt(q, examples, self.asking.tell_answer)
 
-    def work_out_examples(self, task):
-        """Fill self.worked with examples of a task: training questions on which this teacher's own
-        rationale, written without examples, concludes on the right answer.
-        """
-        if task in self.worked or not self.asking.shots:
-            return
-        others = [e for e in self.examples if e.task == task]
-        tried = random.Random(self.asking.seed).sample(others, min(TRIED, len(others)))
-        texts = self.texts(tried, [self.frame(self.ask_rationale(e)) for e in tried])
-        right = []
-        for e, text in zip(tried, texts):
-            if is_right(text, e):
-                right.append((e, explained(e, text)))
-        self.worked[task] = right
+    def texts(self, questions, prompts):
+        return [record["text"] for record in self.look_up("rationale", questions, prompts)]
 
-    def prompts(self, questions, prompt, examples_of):
+    def worked_out(self, tasks):
+        """Return [(question, example)] of these tasks: training questions on which this teacher's
+        own rationale, written without examples, concludes on the right answer.
+        """
+        tried = []
+        for task in tasks:
+            others = [e for e in self.examples if e.task == task]
+            tried += random.Random(self.asking.seed).sample(others, min(TRIED, len(others)))
+        texts = self.texts(tried, self.prompts(tried, self.ask_rationale))
+        return [(e, explained(e, text)) for e, text in zip(tried, texts) if is_right(text, e)]
+
+    def prompts(self, questions, prompt, examples=()):
         """Return prompt(q, examples) for each question as this teacher wants it.
 
-        examples_of: {task: [(question, example)]}; the seed and the question's id draw from them. A
-        prompt that is too long loses examples, never the question. The text of a special token is
-        deleted.
+        examples: [(question, example)], of which the seed and the question's id draw some of the
+        same task. A prompt that is too long loses examples, never the question. The text of a
+        special token is deleted.
         """
+        of_task = defaultdict(list)
+        for e, example in examples:
+            of_task[e.task].append((e.id, example))
         texts = []
         for q in questions:
-            examples = []
-            if self.asking.shots:
-                others = [example for e, example in examples_of.get(q.task, ()) if e.id != q.id]
-                draw = random.Random(f"{self.asking.seed} {q.id}")
-                examples = draw.sample(others, min(self.asking.shots, len(others)))
-            text = self.frame(prompt(q, examples))
-            while examples and len(self.tokenizer.encode(text).ids) > self.room:
-                examples = examples[1:]
-                text = self.frame(prompt(q, examples))
+            others = [example for name, example in of_task[q.task] if name != q.id]
+            draw = random.Random(f"{self.asking.seed} {q.id}")
+            shown = draw.sample(others, min(self.asking.shots, len(others)))
+            text = self.frame(prompt(q, shown))
+            while shown and len(self.tokenizer.encode(text).ids) > self.room:
+                shown = shown[1:]
+                text = self.frame(prompt(q, shown))
                 model.say_once(f"{self.name}: prompts over {self.room} tokens lose examples")
             texts.append(text)
         return texts
 
     def frame(self, text):
-        for token in self.special:
-            text = text.replace(token, "")
+        for token in self.tokenizer.get_added_tokens_decoder().values():
+            if token.special:
+                text = text.replace(token.content, "")
         return self.chat.format(text.strip())
 
-    def look_up(self, kind, questions, prompts, settings, compute, count=True):
+    def look_up(self, kind, questions, prompts, count=True):
         """Return the record of each prompt, from the cache or computed now; count it once in the
         ledger.
         """
         keys = []
         missing = {}
-        for q, prompt, setting in zip(questions, prompts, settings):
+        for q, prompt in zip(questions, prompts):
+            setting = q.choices if kind == "score" else self.asking.max_new_tokens
             key = hashlib.sha256(json.dumps([kind, prompt, setting]).encode()).hexdigest()[:32]
             keys.append(key)
             if key not in self.said and int(key, 16) % self.ranks.count == self.ranks.rank:
-                missing[key] = (q, prompt)
+                missing[key] = (prompt, q.choices)
         if missing:
-            self.ask(kind, missing, compute)
+            self.ask(kind, missing)
         if self.ranks.count > 1:
             self.ranks.wait()
             self.said = read_cache(self.file)
-        records = []
-        for key in keys:
-            record = self.said[key]
-            records.append(record)
+        records = [self.said[key] for key in keys]
+        for key, record in zip(keys, records):
             if count and key not in self.counted:
                 self.counted.add(key)
                 self.ledger[f"{kind}_read"] += record["read"]
                 self.ledger[f"{kind}_wrote"] += record.get("wrote", 0)
         return records
 
-    def ask(self, kind, missing, compute):
-        """Compute what is missing, {key: (q, prompt)}, and append it to the cache line by line."""
-        lm, tokenizer = self.lm()
+    def ask(self, kind, missing):
+        """Compute what is missing, {key: (prompt, choices)}, and append it to the cache line by
+        line.
+        """
         keys = list(missing)
-        questions, prompts = zip(*missing.values())
-        ids = model.encode(tokenizer, prompts)
-        self.file.parent.mkdir(parents=True, exist_ok=True)
-        bar = tqdm(total=len(keys), desc=f"{self.name}: {kind}", leave=False, unit="q", delay=1)
-        most_choices = max(len(q.choices) for q in questions)
+        prompts, choices = zip(*missing.values())
+        ids = model.encode(self.tokenizer, prompts)
+        most_choices = max(map(len, choices))
+        compute = self.score if kind == "score" else self.write
 
         def held(prompt):
             if kind == "score":  # each choice has a copy of the prompt's cache
@@ -684,45 +663,43 @@ class CheckpointTeacher:
             return len(prompt) + self.asking.max_new_tokens
 
         batches = model.by_length(ids, 128, self.asking.batch_tokens, held)
-        with open(self.file, "ab", buffering=0) as file, bar:
-            for rows in batches:
-                batch = [(questions[row], prompts[row], ids[row]) for row in rows]
-                for row, answer in zip(rows, compute(lm, tokenizer, *zip(*batch))):
+        self.file.parent.mkdir(parents=True, exist_ok=True)
+        # Other runs may write to the same file: the buffer makes one append of each line.
+        with open(self.file, "ab", buffering=2**24) as file:
+            for rows in progress(batches, f"{self.name}: {kind}"):
+                batch = [(ids[row], prompts[row], choices[row]) for row in rows]
+                for row, answer in zip(rows, compute(*zip(*batch))):
                     record = {"format": FORMAT, "key": keys[row], **answer}
-                    append_line(file, record)
+                    line = json.dumps(record, ensure_ascii=False)
+                    file.write(f"\n{line}\n".encode())  # the first \n ends a line that was torn before
+                    file.flush()
                     self.said[keys[row]] = record
-                    bar.update()
 
     def lm(self):
-        if self.loaded is None:
-            self.loaded = model.load(self.folder, self.asking.device, self.asking.dtype)
-        return self.loaded
+        """Return the model, loaded at the first call."""
+        self.loaded = self.loaded or model.load(self.folder, self.asking.device, self.asking.dtype)
+        return self.loaded[0]
 
-    def score(self, lm, tokenizer, questions, prompts, ids):
+    def score(self, ids, prompts, choices):
         """Yield {"logps", "lengths", "read"} for each question of a batch."""
-        choices = [q.choices for q in questions]
-        scored = choice_logps(lm, tokenizer, prompts, choices, batch_size=len(prompts))
+        scored = choice_logps(self.lm(), self.tokenizer, prompts, choices, len(prompts))
         for prompt, logps, lengths in zip(ids, *scored):
-            yield {"logps": logps, "lengths": lengths, "read": len(prompt) + sum(lengths)}
+            yield dict(logps=logps, lengths=lengths, read=len(prompt) + sum(lengths))
 
-    def write(self, lm, tokenizer, questions, prompts, ids):
+    def write(self, ids, prompts, choices):
         """Yield {"text", "read", "wrote"} for each question of a batch."""
-        written = write(lm, tokenizer, ids, self.asking.max_new_tokens)
+        written = write(self.lm(), self.tokenizer, ids, self.asking.max_new_tokens)
         for prompt, (text, n) in zip(ids, written):
-            yield {"text": text, "read": len(prompt), "wrote": n}
+            yield dict(text=text, read=len(prompt), wrote=n)
 
 
-def fingerprint(folder):
-    """Return the sha256 of everything in a checkpoint that decides what it says."""
+def fingerprint(files):
+    """Return the sha256 of files."""
     digest = hashlib.sha256()
-    why = "no such file; a teacher is a folder with config.json, tokenizer.json and safetensors"
-    for file in [folder / "config.json", folder / "tokenizer.json", *model.weight_files(folder)]:
-        require(file.exists(), f"{file}: {why}")
-        with open(file, "rb") as f:
-            chunk = f.read(2**24)
-            while chunk:
+    for file in files:
+        with open(file, "rb") as opened:
+            for chunk in iter(lambda: opened.read(2**24), b""):
                 digest.update(chunk)
-                chunk = f.read(2**24)
     return digest.hexdigest()
 
 
@@ -742,14 +719,6 @@ def read_cache(file):
         require(found == FORMAT, f"{file}:{number}: {why}")
         records[record["key"]] = record
     return records
-
-
-def append_line(file, record):
-    """Write a record in one append, because other runs may write to the same file."""
-    text = json.dumps(record, ensure_ascii=False)
-    line = f"\n{text}\n".encode()  # the first \n ends a line that was torn before
-    if file.write(line) < len(line):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), file.name)
 
 
 # -------------------------------------------------------------------------- teachers that are texts
@@ -780,8 +749,8 @@ class TextTeacher:
         """
         unknown = [q for q in questions if q.id not in self.known_scores]
         texts = [self.said[q.id] for q in unknown]
-        judged = self.judge.scores(unknown, texts, self.ledger if count else Counter())
-        for q, score in zip(unknown, judged):
+        ledger = self.ledger if count else Counter()
+        for q, score in zip(unknown, self.judge.scores(unknown, texts, ledger)):
             self.known_scores[q.id] = score
         return [self.known_scores[q.id] for q in questions]
 
@@ -813,15 +782,12 @@ class Judge:
         new = [pair for pair in dict.fromkeys(pairs) if pair not in self.known]
         if new:
             lm, tokenizer = self.open_lm()
-            prompts = []
-            answers = []
-            for q, r in new:
-                prompts.append(score_prompt(q, rationale=r))
-                answers.append([q.right])
+            prompts = [score_prompt(q, rationale=r) for q, r in new]
+            answers = [[q.right] for q, _ in new]
             scored = choice_logps(lm, tokenizer, prompts, answers)
-            for pair, prompt, sums, lengths in zip(new, prompts, *scored):
-                self.known[pair] = sums[0] / lengths[0]
-                ledger["score_read"] += len(tokenizer.encode(prompt).ids) + lengths[0]
+            for pair, prompt, (logp,), (n,) in zip(new, prompts, *scored):
+                self.known[pair] = logp / n
+                ledger["score_read"] += len(tokenizer.encode(prompt).ids) + n
         scores = []
         for q, r in zip(questions, rationales):
             gain = self.known[q, r] - self.known[q, ""]

@@ -434,16 +434,18 @@ PLAIN = f"{ASKED} Think step by step, and end with: the answer is (x)."
 # The marks of each family's chat template, and what it renders for one user's message, without the first token,
 # which the tokenizer adds. Llama-2's, Llama-3's, Mistral Nemo's and Qwen-3's were rendered by transformers 5.23.0
 # (apply_chat_template with add_generation_prompt). Llama-3.1's system block and the first Mistral's spaces are
-# written down from the templates that Meta and Mistral publish: those were not at hand to be rendered.
+# written down from the templates that Meta and Mistral publish (v0.3 has the first only): those were not at hand.
 LLAMA_2 = "{{ bos_token + '[INST] ' + content.strip() + ' [/INST]' }}"
 LLAMA_3 = "{% set content = '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n' %}"
 LLAMA_31 = LLAMA_3 + '{{- "Cutting Knowledge Date: December 2023\n" }}{%- set date_string = "26 Jul 2024" %}'
 MISTRAL = "{{ '[INST] ' + message['content'] + ' [/INST]' }}"
+MISTRAL_3 = "{{ '[INST] ' + message['content'] + '[/INST]' }}"
 MISTRAL_NEMO = '{{- "[INST]" + message["content"] + "[/INST]" }}'
 QWEN_3 = "{{- '<|im_start|>' + message.role }}{%- if enable_thinking is false %}"
 GOLDEN = {
     LLAMA_2: f"[INST] {ASKED} [/INST]",
     MISTRAL: f"[INST] {ASKED} [/INST]",
+    MISTRAL_3: f"[INST] {ASKED}[/INST]",
     MISTRAL_NEMO: f"[INST]{ASKED}[/INST]",
     LLAMA_3: f"<|start_header_id|>user<|end_header_id|>\n\n{ASKED}<|eot_id|>"
     "<|start_header_id|>assistant<|end_header_id|>\n\n",
@@ -510,7 +512,8 @@ def test_a_long_prompt_loses_examples_never_the_question(tmp_path, capsys):
     folder = a_teacher(tmp_path / "t", tokenizer, max_position_embeddings=300)
     asking = kp.Asking(shots=4, max_new_tokens=20)
     (teacher,) = open_teachers([folder], tmp_path, asking, examples).teachers
-    for prompt in teacher.prompts([TROUT, replace(TROUT, id="2")], kp.score_prompt, teacher.solved):
+    pool = [(e, kp.solved(e)) for e in examples]
+    for prompt in teacher.prompts([TROUT, replace(TROUT, id="2")], kp.score_prompt, pool):
         length = len(tokenizer.encode(prompt).ids)
         assert length <= 280 < length + 86  # one more would not fit
         assert prompt.endswith(f"{ASKED} Answer:") and prompt.count("An example? An") > 0
