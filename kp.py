@@ -74,7 +74,7 @@ def explain_prompt(q, prefix="explain"):
 
 def explain_prefixes(n_teachers):
     """Return the prefix of each teacher's rationales, as TinyLLM publishes it. Of 0: one for all."""
-    return [f"explain {m + 1}" for m in range(n_teachers)] or ["explain"]
+    return list(map("explain {}".format, range(1, n_teachers + 1))) or ["explain"]
 
 
 def score_prompt(q, examples=(), rationale=""):
@@ -540,6 +540,7 @@ class CheckpointTeacher:
         self.name = self.folder.name
         self.asking = asking
         self.examples = examples if asking.shots else ()
+        self.ask_rationale = functools.partial(rationale_prompt, tell_answer=asking.tell_answer)
         self.ranks = ranks
         self.loaded = None
         self.counted = set()
@@ -562,8 +563,8 @@ class CheckpointTeacher:
 
     def scores(self, questions, count=True):
         """Return the probability of the right choice among the choices, N floats."""
-        examples = zip(self.examples, map(solved, self.examples))
-        prompts = self.prompts(questions, score_prompt, examples)
+        tried = self.tried(questions)
+        prompts = self.prompts(questions, score_prompt, zip(tried, map(solved, tried)))
         scores = []
         for q, record in zip(questions, self.look_up("score", questions, prompts, count)):
             logps = weigh_choices(record["logps"], record["lengths"], self.asking.per_token)
@@ -572,40 +573,41 @@ class CheckpointTeacher:
         return scores
 
     def rationales(self, questions):
-        """Return N rationales: greedy, and by default written without knowing the answer."""
-        examples = self.worked_out({q.task for q in questions})
-        return self.texts(questions, self.prompts(questions, self.ask_rationale, examples))
+        """Return N rationales: greedy, and by default written without knowing the answer.
 
-    def ask_rationale(self, q, examples=()):
-        return rationale_prompt(q, examples, self.asking.tell_answer)
+        The examples are training questions on which this teacher's own rationale, written without
+        examples, concludes on the right answer.
+        """
+        tried = self.tried(questions)
+        examples = []
+        for e, text in zip(tried, self.texts(tried, ())):
+            if is_right(text, e):
+                examples.append((e, explained(e, text)))
+        return self.texts(questions, examples)
 
-    def texts(self, questions, prompts):
+    def texts(self, questions, examples):
+        prompts = self.prompts(questions, self.ask_rationale, examples)
         return [record["text"] for record in self.look_up("rationale", questions, prompts)]
 
-    def worked_out(self, tasks):
-        """Return [(question, example)] of these tasks: training questions on which this teacher's
-        own rationale, written without examples, concludes on the right answer.
-        """
+    def tried(self, questions):
+        """Return the training questions that may become examples for these: of each task TRIED."""
         tried = []
-        for task in tasks:
+        for task in sorted({q.task for q in questions}):
             others = [e for e in self.examples if e.task == task]
             tried += random.Random(self.asking.seed).sample(others, min(TRIED, len(others)))
-        texts = self.texts(tried, self.prompts(tried, self.ask_rationale))
-        return [(e, explained(e, text)) for e, text in zip(tried, texts) if is_right(text, e)]
+        return tried
 
-    def prompts(self, questions, prompt, examples=()):
+    def prompts(self, questions, prompt, examples):
         """Return prompt(q, examples) for each question as this teacher wants it.
 
-        examples: [(question, example)], of which the seed and the question's id draw some of the
+        examples: [(question, its text)], of which the seed and the question's id draw some of the
         same task. A prompt that is too long loses examples, never the question. The text of a
         special token is deleted.
         """
-        of_task = defaultdict(list)
-        for e, example in examples:
-            of_task[e.task].append((e.id, example))
+        examples = list(examples)
         texts = []
         for q in questions:
-            others = [example for name, example in of_task[q.task] if name != q.id]
+            others = [text for e, text in examples if e.task == q.task and e.id != q.id]
             draw = random.Random(f"{self.asking.seed} {q.id}")
             shown = draw.sample(others, min(self.asking.shots, len(others)))
             text = self.frame(prompt(q, shown))
@@ -636,7 +638,7 @@ class CheckpointTeacher:
                 missing[key] = (prompt, q.choices)
         if missing:
             self.ask(kind, missing)
-        if self.ranks.count > 1:
+        if keys and self.ranks.count > 1:
             self.ranks.wait()
             self.said = read_cache(self.file)
         records = [self.said[key] for key in keys]
@@ -669,7 +671,8 @@ class CheckpointTeacher:
             for rows in progress(batches, f"{self.name}: {kind}"):
                 batch = [(ids[row], prompts[row], choices[row]) for row in rows]
                 for row, answer in zip(rows, compute(*zip(*batch))):
-                    record = {"format": FORMAT, "key": keys[row], **answer}
+                    read = len(ids[row]) + sum(answer.get("lengths", ()))
+                    record = dict(format=FORMAT, key=keys[row], read=read, **answer)
                     line = json.dumps(record, ensure_ascii=False)
                     file.write(f"\n{line}\n".encode())  # the first \n ends a line that was torn before
                     file.flush()
@@ -681,16 +684,15 @@ class CheckpointTeacher:
         return self.loaded[0]
 
     def score(self, ids, prompts, choices):
-        """Yield {"logps", "lengths", "read"} for each question of a batch."""
+        """Yield {"logps", "lengths"} for each question of a batch."""
         scored = choice_logps(self.lm(), self.tokenizer, prompts, choices, len(prompts))
-        for prompt, logps, lengths in zip(ids, *scored):
-            yield dict(logps=logps, lengths=lengths, read=len(prompt) + sum(lengths))
+        for logps, lengths in zip(*scored):
+            yield dict(logps=logps, lengths=lengths)
 
     def write(self, ids, prompts, choices):
-        """Yield {"text", "read", "wrote"} for each question of a batch."""
-        written = write(self.lm(), self.tokenizer, ids, self.asking.max_new_tokens)
-        for prompt, (text, n) in zip(ids, written):
-            yield dict(text=text, read=len(prompt), wrote=n)
+        """Yield {"text", "wrote"} for each question of a batch."""
+        for text, n in write(self.lm(), self.tokenizer, ids, self.asking.max_new_tokens):
+            yield dict(text=text, wrote=n)
 
 
 def fingerprint(files):

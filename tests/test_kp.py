@@ -484,8 +484,8 @@ def test_a_teachers_examples_are_its_own_right_rationales(tmp_path):
     (teacher,) = open_teachers([folder], tmp_path, kp.Asking(shots=4), examples).teachers
     asked = []
 
-    def says(questions, prompts):
-        asked.extend(prompts)
+    def says(questions, examples):
+        asked.extend(teacher.prompts(questions, kp.rationale_prompt, examples))
         return [f"Think. So the answer is {'yes' if 'is 3' in q.text else q.right}." for q in questions]
 
     teacher.texts = says
