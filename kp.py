@@ -332,36 +332,35 @@ def choice_logps(lm, tokenizer, prompts, choices, batch_size=64, max_length=math
     """Return log p(choice | prompt) in nats, summed over the choice's tokens, and how many tokens
     each choice has: two lists of N lists.
 
-    prompts: N texts. choices: N lists of texts. Each prompt is read once, not once for every
-    choice.
+    prompts: N texts. choices: N lists of texts. Each prompt is read once. All first choices are
+    read behind the prompts, then all second ones in their place, and so on.
     """
     device = model.device_of(lm)
     prompt_ids = TokenCache(tokenizer, max_length).prompts(prompts)
+    tails = []  # N lists, the ids of each choice
+    for prompt, ids, own in zip(prompts, prompt_ids, choices):
+        tails.append(choice_ids(lm, tokenizer, prompt, len(ids), own))
     sums = [None] * len(prompts)
-    lengths = [None] * len(prompts)
-    batches = model.by_length(prompt_ids, batch_size)
-    for rows in progress(batches, "score"):
-        tails = []
-        for row in rows:
-            n_prompt = len(prompt_ids[row])
-            tails.append(choice_ids(lm, tokenizer, prompts[row], n_prompt, choices[row]))
-            lengths[row] = list(map(len, tails[-1]))
-        counts = list(map(len, tails))
-        tokens, is_token = model.pad(sum(tails, []))  # (C, T): the choices of all these prompts
-        tokens = tokens.to(device)
-
-        # Read the prompts, then give each choice a copy of its prompt's cache.
-        ids, mask = model.pad([prompt_ids[row] for row in rows])
-        cache, first = lm.prefill(ids.to(device), mask.to(device), tokens.shape[1])
-        owner = torch.arange(len(rows)).repeat_interleave(torch.tensor(counts)).to(device)  # (C,)
-        cache.select(owner)
-        logits = first[owner, None]  # (C, 1, V) of each choice's first token
-        if tokens.shape[1] > 1:
-            logits = torch.cat((logits, lm.step(tokens[:, :-1], cache)), 1)  # (C, T, V)
-        logps = -F.cross_entropy(logits.float().transpose(1, 2), tokens, reduction="none")  # (C, T)
-        logps = (logps * is_token.to(device)).sum(1).cpu()
-        for row, own in zip(rows, logps.split(counts)):
-            sums[row] = own.tolist()
+    lengths = [list(map(len, own)) for own in tails]
+    for rows in progress(model.by_length(prompt_ids, batch_size), "score"):
+        ids, mask = model.pad([prompt_ids[row] for row in rows])  # (B, S)
+        own = [tails[row] for row in rows]
+        room = max(map(len, sum(own, [])))
+        cache, first = lm.prefill(ids.to(device), mask.to(device), room)  # first: (B, V)
+        n_read = cache.length
+        logps = []
+        for i in range(max(map(len, own))):
+            # A question with fewer choices reads one again, which does not count.
+            tokens, is_token = model.pad([ids[i % len(ids)] for ids in own])  # (B, T)
+            tokens = tokens.to(device)
+            logits = first[:, None]
+            if tokens.shape[1] > 1:
+                cache.length = n_read
+                logits = torch.cat((logits, lm.step(tokens[:, :-1], cache)), 1)  # (B, T, V)
+            logp = -F.cross_entropy(logits.float().mT, tokens, reduction="none")  # (B, T)
+            logps.append((logp * is_token.to(device)).sum(1))
+        for row, found in zip(rows, torch.stack(logps, 1).tolist()):
+            sums[row] = found[: len(tails[row])]
     return sums, lengths
 
 
@@ -656,15 +655,10 @@ class CheckpointTeacher:
         keys = list(missing)
         prompts, choices = zip(*missing.values())
         ids = model.encode(self.tokenizer, prompts)
-        most_choices = max(map(len, choices))
         compute = self.score if kind == "score" else self.write
+        room = self.asking.max_new_tokens  # for a rationale; a choice is shorter
 
-        def held(prompt):
-            if kind == "score":  # each choice has a copy of the prompt's cache
-                return most_choices * (len(prompt) + 16)
-            return len(prompt) + self.asking.max_new_tokens
-
-        batches = model.by_length(ids, 128, self.asking.batch_tokens, held)
+        batches = model.by_length(ids, 128, self.asking.batch_tokens, lambda ids: len(ids) + room)
         self.file.parent.mkdir(parents=True, exist_ok=True)
         # Other runs may write to the same file: the buffer makes one append of each line.
         with open(self.file, "ab", buffering=2**24) as file:
