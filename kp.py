@@ -14,6 +14,8 @@ import functools
 import hashlib
 import json
 import math
+import operator
+import os
 import random
 import re
 from collections import Counter, defaultdict
@@ -190,15 +192,19 @@ def is_right(rationale, q):
 # ------------------------------------------------------------------------------------ the dual loss
 
 MAX_LENGTH = 512  # tokens of a student's prompt, and of a target
+NO_LIMIT = 10**9
 
 
 class TokenCache:
     """Turn texts into lists of token ids; each text is tokenised once."""
 
-    def __init__(self, tokenizer, max_length=MAX_LENGTH):
+    def __init__(self, tokenizer, max_length=MAX_LENGTH, chat="{}"):
+        """chat: how a decoder-only model is addressed, see `chat_format`."""
         self.tokenizer = tokenizer
         self.max_length = max_length
         self.ids = functools.cache(lambda text: tokenizer.encode(text).ids)
+        start = "".join(map(tokenizer.id_to_token, self.ids("")))
+        self.chat = chat.removeprefix(start)  # the tokenizer adds it itself
 
     def prompts(self, texts):
         """Return the ids of prompts. What is too long loses the beginning of its context.
@@ -207,10 +213,11 @@ class TokenCache:
         """
         rows = []
         for text in texts:
-            ids = self.ids(text)
+            ids = self.ids(self.chat.format(text))
             if len(ids) > self.max_length:
-                first_word = self.tokenizer.encode(text.split()[0], add_special_tokens=False).ids
-                ids = model.keep_end(ids, self.max_length, len(first_word))
+                head = self.ids(self.chat.split("{}")[0] + text.split()[0])
+                same = os.path.commonprefix([ids, head])  # all of it but an end token
+                ids = model.keep_end(ids, self.max_length, len(same))
                 model.say_once(f"prompts over {self.max_length} tokens lose their beginning")
             rows.append(ids)
         return rows
@@ -219,6 +226,29 @@ class TokenCache:
         """Return the ids of targets. What is too long loses its end, but not the end token."""
         most = self.max_length
         return [model.keep_end(self.ids(text), most, most - 1) for text in texts]
+
+    def pairs(self, lm, prompts, texts, end=True):
+        """Return the ids of prompts and of the texts that this model is to write behind them.
+
+        An encoder-decoder (T5) reads and writes apart. A decoder-only model has a text tokenised
+        together with its prompt, as it would be generated. Behind it comes an end token, where the
+        model is to learn to stop.
+        """
+        inputs = self.prompts(prompts)
+        if lm.config["model_type"] == "t5":
+            return inputs, self.targets(texts)
+        ends = model.as_list(lm.config["eos_token_id"])[:1] if end else []
+        targets = []
+        for prompt, text in zip(map(self.chat.format, prompts), texts):
+            seam = "" if prompt[-1:].isspace() else " "
+            ids = self.ids(prompt + seam + text)[len(self.ids(prompt)) :]
+            targets.append(ids[: self.max_length - 1] + ends)
+        return inputs, targets
+
+
+def cached(tokenizer, max_length=MAX_LENGTH):
+    """Return a TokenCache: the one that is given, or a new one with the tokenizer that is given."""
+    return tokenizer if isinstance(tokenizer, TokenCache) else TokenCache(tokenizer, max_length)
 
 
 class DualLoss(NamedTuple):
@@ -246,8 +276,8 @@ def dual_loss(student, token_cache, questions, rationales, lam, alpha=None, pref
     its own: one pass for both would pad answers to the length of rationales.
     """
     # L_PR: the answer, given "predict: q"
-    predict = token_cache.prompts(map(predict_prompt, questions))
-    answers = token_cache.targets([q.right for q in questions])
+    prompts = list(map(predict_prompt, questions))
+    predict, answers = token_cache.pairs(student, prompts, [q.right for q in questions])
     l_pr = sequence_losses(student, predict, answers)  # (B,)
 
     # L_DL: each rationale, given "explain: q"
@@ -260,8 +290,7 @@ def dual_loss(student, token_cache, questions, rationales, lam, alpha=None, pref
             texts.append(text)
             weight = lam / len(own) if alpha is None else alpha
             alphas.append(weight if text else 0.0)
-    explain = token_cache.prompts(prompts)
-    texts = token_cache.targets(texts)
+    explain, texts = token_cache.pairs(student, prompts, texts)
     l_dl = sequence_losses(student, explain, texts) if texts else l_pr.new_zeros(0)  # (R,)
 
     total = l_pr.mean() + (l_pr.new_tensor(alphas) * l_dl).sum() / len(questions)
@@ -277,20 +306,28 @@ def dual_loss(student, token_cache, questions, rationales, lam, alpha=None, pref
 def sequence_losses(student, inputs, targets):
     """Return the mean cross-entropy per target token of each row, (B,).
 
-    inputs, targets: B lists of ids each.
+    inputs, targets: B lists of ids each. A T5 reads inputs and writes targets. A decoder-only model
+    reads both in one row, and each token of a target is predicted from all before it.
     """
-    input_ids, attention_mask = model.pad(inputs)  # (B, S)
-    labels, is_label = model.pad(targets)  # (B, T)
-    start = torch.full_like(labels[:, :1], student.config["decoder_start_token_id"])
-    decoder_input_ids = torch.cat((start, labels[:, :-1]), dim=1)  # (B, T): labels, one place later
+    if student.config["model_type"] == "t5":
+        labels, is_label = model.pad(targets)  # (B, T)
+        start = torch.full_like(labels[:, :1], student.config["decoder_start_token_id"])
+        decoder_input_ids = torch.cat((start, labels[:, :-1]), dim=1)  # (B, T): labels, one place later
+        read = [*model.pad(inputs), decoder_input_ids]
+    else:
+        ids, mask = model.pad(list(map(operator.add, inputs, targets)))  # (B, T + 1)
+        read = [ids[:, :-1], mask[:, :-1]]
+        labels = ids[:, 1:]  # (B, T)
+        is_label = mask[:, 1:].clone()
+        for row, prompt in enumerate(inputs):
+            is_label[row, : len(prompt) - 1] = 0
     rows, places = is_label.nonzero(as_tuple=True)  # before the tensors move: no waiting for a GPU
-    tensors = [input_ids, attention_mask, decoder_input_ids, labels, rows, places]
+    tensors = [*read, labels, rows, places]
     device = model.device_of(student)
     if device.type == "cuda":
         tensors = [x.pin_memory().to(device, non_blocking=True) for x in tensors]
-    input_ids, attention_mask, decoder_input_ids, labels, rows, places = tensors
-    # logits (N, V) of the N labels alone: no padding
-    logits = student(input_ids, attention_mask, decoder_input_ids, (rows, places))
+    *read, labels, rows, places = tensors
+    logits = student(*read, (rows, places))  # (N, V) of the N labels alone: no padding
     return mean_per_row(logits, labels, (rows, places))
 
 
@@ -315,31 +352,21 @@ def progress(steps, name):
     return tqdm(steps, name, delay=1, leave=False, disable=len(steps) == 1)
 
 
-def choice_ids(lm, tokenizer, prompt, n_prompt, choices):
-    """Return the ids of each choice behind a prompt of n_prompt ids.
-
-    A decoder-only model reads a choice tokenised together with the prompt, as it would be
-    generated.
-    """
-    if hasattr(lm, "encode"):  # an encoder-decoder
-        return model.encode(tokenizer, choices)
-    seam = "" if prompt[-1:].isspace() else " "
-    return [tokenizer.encode(prompt + seam + choice).ids[n_prompt:] for choice in choices]
-
-
 @torch.no_grad()
-def choice_logps(lm, tokenizer, prompts, choices, batch_size=64, max_length=math.inf):
+def choice_logps(lm, tokenizer, prompts, choices, batch_size=64):
     """Return log p(choice | prompt) in nats, summed over the choice's tokens, and how many tokens
     each choice has: two lists of N lists.
 
-    prompts: N texts. choices: N lists of texts. Each prompt is read once. All first choices are
+    tokenizer: or a TokenCache, as everywhere below; without one no prompt is too long. prompts: N
+    texts. choices: N lists of texts. Each prompt is read once. All first choices are
     read behind the prompts, then all second ones in their place, and so on.
     """
     device = model.device_of(lm)
-    prompt_ids = TokenCache(tokenizer, max_length).prompts(prompts)
+    token_cache = cached(tokenizer, NO_LIMIT)
+    prompt_ids = token_cache.prompts(prompts)
     tails = []  # N lists, the ids of each choice
-    for prompt, ids, own in zip(prompts, prompt_ids, choices):
-        tails.append(choice_ids(lm, tokenizer, prompt, len(ids), own))
+    for prompt, own in zip(prompts, choices):
+        tails.append(token_cache.pairs(lm, [prompt] * len(own), own, end=False)[1])
     sums = [None] * len(prompts)
     lengths = [list(map(len, own)) for own in tails]
     for rows in progress(model.by_length(prompt_ids, batch_size), "score"):
@@ -392,7 +419,7 @@ def guesses(student, tokenizer, questions, per_token=False):
     student.eval()
     prompts = list(map(predict_prompt, questions))
     choices = [q.choices for q in questions]
-    scored = choice_logps(student, tokenizer, prompts, choices, max_length=MAX_LENGTH)
+    scored = choice_logps(student, cached(tokenizer), prompts, choices)
     picks = []
     for sums, lengths in zip(*scored):
         logps = weigh_choices(sums, lengths, per_token)
@@ -409,10 +436,12 @@ def accuracy(student, tokenizer, questions, per_token=False):
 def say(student, tokenizer, prompts, max_new_tokens):
     """Return what the student writes for N prompts, given as texts: N texts."""
     student.eval()
-    ids = TokenCache(tokenizer).prompts(prompts)
+    token_cache = cached(tokenizer)
+    ids = token_cache.prompts(prompts)
     texts = [None] * len(ids)
     for rows in progress(model.by_length(ids, 128), "student writes"):
-        written = write(student, tokenizer, [ids[row] for row in rows], max_new_tokens)
+        batch = [ids[row] for row in rows]
+        written = write(student, token_cache.tokenizer, batch, max_new_tokens)
         for row, (text, _) in zip(rows, written):
             texts[row] = text
     return texts

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import open_teachers
 from tokenizers import Tokenizer
 from tokenizers.models import BPE, WordLevel
@@ -111,6 +112,142 @@ def test_an_empty_rationale_teaches_nothing(world, teacher_folders):
     assert loss.rationale.shape == (2,)  # one a rationale, so that feedback finds its own
     expected = loss.answer.mean() + loss.rationale[0] / 2
     assert loss.total.item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+# ---------------------------------------------------------------------------- students without an encoder
+
+
+def tiny_llama(vocab_size, **config):
+    """A random Llama, whose dual loss and answers are compared with slow references."""
+    sizes = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2)
+    torch.manual_seed(0)
+    return model.Llama({**sizes, "vocab_size": vocab_size, "initializer_range": 0.3, **config})
+
+
+def alone(student, prompt, target):
+    """The mean cross-entropy of a row by itself: all logits, none of them padding."""
+    ids = torch.tensor([prompt + target])
+    logits = student(ids, torch.ones_like(ids))[0]
+    return F.cross_entropy(logits[len(prompt) - 1 : -1], ids[0, len(prompt) :])
+
+
+def gradients(student, loss):
+    student.zero_grad()
+    loss.backward()
+    return [p.grad.clone() for p in student.parameters()]
+
+
+@pytest.mark.parametrize("config", [{}, dict(sliding_window=3), dict(num_key_value_heads=1)])
+def test_losses_of_a_decoder_only_student_are_those_of_each_row_alone(config):
+    student = tiny_llama(50, **config)
+    inputs = [[3, 4, 5, 6, 7], [8], [9, 10, 11], [3, 3, 3, 3, 3, 3, 3]]
+    targets = [[12, 2], [13, 14, 15, 16, 17, 18, 2], [2], [19, 20, 2]]
+    losses = kp.sequence_losses(student, inputs, targets)
+    expected = torch.stack([alone(student, *row) for row in zip(inputs, targets)])
+    assert torch.allclose(losses, expected, atol=1e-5)
+    weights = torch.tensor([1.0, 0.5, 2.0, 3.0])
+    ours = gradients(student, (losses * weights).sum())
+    theirs = gradients(student, (expected * weights).sum())
+    for one, other in zip(ours, theirs, strict=True):
+        assert torch.allclose(one, other, atol=1e-5)
+
+
+def merging_tokenizer():
+    """Characters as tokens, but " oak" and " t" are one each: they begin with the seam. <s> in front."""
+    merges = [(" ", "o"), (" o", "a"), (" oa", "k"), (" ", "t")]
+    words = ["<unk>", "<s>", "</s>", "\n", *map(chr, range(32, 127)), *map("".join, merges)]
+    tokenizer = Tokenizer(BPE({word: i for i, word in enumerate(words)}, merges, unk_token="<unk>"))
+    tokenizer.add_special_tokens(["<s>", "</s>"])
+    tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    return tokenizer
+
+
+def spelt(tokenizer, ids):
+    return [tokenizer.id_to_token(token) for token in ids]
+
+
+def test_a_target_is_what_would_be_generated_behind_its_prompt():
+    tokenizer = merging_tokenizer()
+    student = tiny_llama(200, eos_token_id=2)
+    token_cache = kp.TokenCache(tokenizer)
+    prompts = ["What?", "What?", "What?\n"]
+    inputs, targets = token_cache.pairs(student, prompts, ["oak", "trout", "oak"])
+    assert [spelt(tokenizer, ids) for ids in inputs] == [["<s>", *prompt] for prompt in prompts]
+    spelt_out = [[" oak"], [" t", "r", "o", "u", "t"], ["o", "a", "k"]]
+    assert [spelt(tokenizer, ids) for ids in targets] == [[*ids, "</s>"] for ids in spelt_out]
+    whole = tokenizer.encode("What? trout").ids
+    assert inputs[1] + targets[1] == whole + [2]
+    _, without_end = token_cache.pairs(student, prompts, ["oak", "trout", "oak"], end=False)
+    assert [ids + [2] for ids in without_end] == targets
+    _, (cut,) = kp.TokenCache(tokenizer, 4).pairs(student, ["What?"], ["trout"])
+    assert spelt(tokenizer, cut) == [" t", "r", "o", "</s>"]
+
+
+CHAT = "<s>[INST] {} [/INST]"
+
+
+def test_a_decoder_only_student_learns_by_the_dual_loss():
+    tokenizer = merging_tokenizer()
+    student = tiny_llama(200, eos_token_id=[2, 3])
+    q = kp.Question("1", "t", "Which swims?", ("oak", "trout"), 1)
+    other = replace(q, answer=0, text="Which grows?")
+    rationales = [["It has gills.", ""], ["oak"]]
+    loss = kp.dual_loss(student, kp.TokenCache(tokenizer, chat=CHAT), [q, other], rationales, 0.7)
+
+    def losses(prompt, target):
+        asked = f"[INST] {prompt} [/INST]"
+        n = len(tokenizer.encode(asked).ids)
+        ids = tokenizer.encode(f"{asked} {target}").ids + [2]
+        return alone(student, ids[:n], ids[n:])
+
+    answers = [losses(kp.predict_prompt(each), each.right) for each in (q, other)]
+    gills = losses(kp.explain_prompt(q), "It has gills.")
+    oak = losses(kp.explain_prompt(other), "oak")
+    expected = sum(answers) / 2 + 0.7 * (gills / 2 + oak) / 2
+    assert loss.total.item() == pytest.approx(expected.item(), rel=1e-5)
+    assert torch.allclose(loss.answer, torch.stack(answers).detach(), atol=1e-5)
+    ours = gradients(student, loss.total)
+    for one, other in zip(ours, gradients(student, expected), strict=True):
+        assert torch.allclose(one, other, atol=1e-5)
+
+
+def test_a_long_chat_keeps_its_frame_its_task_and_its_end(says_again):
+    tokenizer = merging_tokenizer()
+    prompt = "explain: " + "x" * 99 + " Which?"
+    (ids,) = kp.TokenCache(tokenizer, 40, CHAT).prompts([prompt])
+    text = "".join(spelt(tokenizer, ids))
+    assert len(ids) == 40
+    assert text.startswith("<s>[INST] explain:x") and text.endswith("x Which? [/INST]")
+
+
+def test_a_decoder_only_student_answers_and_explains_through_its_chat(monkeypatch):
+    tokenizer = merging_tokenizer()
+    student = tiny_llama(200, eos_token_id=2)
+    token_cache = kp.TokenCache(tokenizer, chat=CHAT)
+    questions = []
+    for i, text in enumerate(["Which swims?", "Which of these grows on land?", "Which?"]):
+        questions.append(kp.Question(str(i), "t", text, ("oak", "trout", "a stone"), 1))
+
+    def asked(prompt):
+        return f"[INST] {prompt} [/INST]"
+
+    guesses = kp.guesses(student, token_cache, questions)
+    for q, guess in zip(questions, guesses):
+        n = len(tokenizer.encode(asked(kp.predict_prompt(q))).ids)
+        losses = []
+        for choice in q.choices:
+            ids = tokenizer.encode(f"{asked(kp.predict_prompt(q))} {choice}").ids
+            losses.append(alone(student, ids[:n], ids[n:]).item() * (len(ids) - n))
+        assert guess == losses.index(min(losses))
+    texts = kp.explanations(student, token_cache, questions, 9)
+    for q, text in zip(questions, texts):
+        ids = torch.tensor([tokenizer.encode(asked(kp.explain_prompt(q))).ids])
+        assert text == tokenizer.decode(student.generate(ids, torch.ones_like(ids), 9)[0].tolist()).strip()
+    said = kp.say(student, token_cache, map(kp.predict_prompt, questions), 9)
+    told = [replace(q, choices=("oak", text)) for q, text in zip(questions, said)]
+    assert kp.say(student, token_cache, map(kp.predict_prompt, questions), 9) == said
+    monkeypatch.setattr(kp, "predict_prompt", lambda q: f"predict: {kp.ask(questions[int(q.id)])}")
+    assert kp.exact_match(student, token_cache, told, 9) == {"t": 1.0, "mean": 1.0}
 
 
 # -------------------------------------------------------------------------------------- long prompts
