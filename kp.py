@@ -162,7 +162,10 @@ def chat_template(folder):
     settings = model.read_json(file) if file.exists() else {}
     template = settings.get("chat_template")
     if isinstance(template, list):  # several, by name
-        template = {entry["name"]: entry["template"] for entry in template}.get("default")
+        named = {}
+        for entry in template:
+            named[entry["name"]] = entry["template"]
+        template = named.get("default")
     return template or ""
 
 
@@ -365,10 +368,12 @@ def choice_logps(lm, tokenizer, prompts, choices, batch_size=64):
     token_cache = cached(tokenizer, NO_LIMIT)
     prompt_ids = token_cache.prompts(prompts)
     tails = []  # N lists, the ids of each choice
+    lengths = []
     for prompt, own in zip(prompts, choices):
-        tails.append(token_cache.pairs(lm, [prompt] * len(own), own, end=False)[1])
+        _, ids = token_cache.pairs(lm, [prompt] * len(own), own, end=False)
+        tails.append(ids)
+        lengths.append(list(map(len, ids)))
     sums = [None] * len(prompts)
-    lengths = [list(map(len, own)) for own in tails]
     for rows in progress(model.by_length(prompt_ids, batch_size), "score"):
         ids, mask = model.pad([prompt_ids[row] for row in rows])  # (B, S)
         own = [tails[row] for row in rows]
@@ -401,16 +406,17 @@ def weigh_choices(sums, lengths, per_token):
 
 
 def write(lm, tokenizer, prompts, max_new_tokens):
-    """Return what the LM writes, greedily, for a batch of prompts (lists of ids): a list of
-    (text, its tokens).
+    """Return what the LM writes, greedily, for N prompts (lists of ids): N pairs of (text, its
+    tokens).
     """
-    ids, mask = model.pad(prompts)
     device = model.device_of(lm)
-    new = lm.generate(ids.to(device), mask.to(device), max_new_tokens)
-    written = []
-    for row in new.tolist():
-        row = model.until_end(row, lm.config["eos_token_id"])
-        written.append((tokenizer.decode(row).strip(), len(row)))
+    written = [None] * len(prompts)
+    for rows in progress(model.by_length(prompts, 128), "write"):
+        ids, mask = model.pad([prompts[row] for row in rows])
+        new = lm.generate(ids.to(device), mask.to(device), max_new_tokens)
+        for row, tokens in zip(rows, new.tolist()):
+            tokens = model.until_end(tokens, lm.config["eos_token_id"])
+            written[row] = (tokenizer.decode(tokens).strip(), len(tokens))
     return written
 
 
@@ -438,13 +444,8 @@ def say(student, tokenizer, prompts, max_new_tokens):
     student.eval()
     token_cache = cached(tokenizer)
     ids = token_cache.prompts(prompts)
-    texts = [None] * len(ids)
-    for rows in progress(model.by_length(ids, 128), "student writes"):
-        batch = [ids[row] for row in rows]
-        written = write(student, token_cache.tokenizer, batch, max_new_tokens)
-        for row, (text, _) in zip(rows, written):
-            texts[row] = text
-    return texts
+    written = write(student, token_cache.tokenizer, ids, max_new_tokens)
+    return [text for text, _ in written]
 
 
 def explanations(student, tokenizer, questions, max_new_tokens, prefix="explain"):
@@ -486,7 +487,7 @@ class Teachers:
     def __init__(self, teachers):
         self.teachers = teachers
         self.names = [teacher.name for teacher in teachers]
-        self.fit_together = sum(teacher.size for teacher in teachers) < 2**30
+        self.are_large = sum(teacher.size for teacher in teachers) >= 2**30  # bytes
 
     def __len__(self):
         return len(self.teachers)
@@ -494,7 +495,7 @@ class Teachers:
     def at_hand(self, m):
         """Return teacher m. Small teachers stay in memory together, large ones take turns."""
         for teacher in self.teachers:
-            if not self.fit_together and teacher is not self.teachers[m]:
+            if self.are_large and teacher is not self.teachers[m]:
                 teacher.loaded = None
         return self.teachers[m]
 
@@ -524,7 +525,7 @@ class Teachers:
         """Tokens that this run needed, {"score_read": n, "rationale_read": n, "rationale_wrote":
         n}; cached ones count too.
         """
-        return sum([teacher.ledger for teacher in self.teachers], Counter())
+        return sum(map(operator.attrgetter("ledger"), self.teachers), Counter())
 
 
 @dataclass(frozen=True)
@@ -781,11 +782,14 @@ class TextTeacher:
 
     def rationales(self, questions):
         """Return N texts."""
+        texts = []
         for q in questions:
+            text = self.said[q.id]
+            texts.append(text)
             if q.id not in self.counted:
                 self.counted.add(q.id)
-                self.ledger["rationale_wrote"] += len(self.said[q.id].split())
-        return [self.said[q.id] for q in questions]
+                self.ledger["rationale_wrote"] += len(text.split())
+        return texts
 
 
 class Judge:
