@@ -14,13 +14,13 @@ import functools
 import hashlib
 import json
 import math
-import operator
 import os
 import random
 import re
 from collections import Counter, defaultdict
 from dataclasses import dataclass
 from itertools import cycle
+from operator import attrgetter
 from pathlib import Path
 from statistics import fmean
 from types import SimpleNamespace
@@ -315,12 +315,12 @@ def sequence_losses(student, inputs, targets):
     if student.config["model_type"] == "t5":
         labels, is_label = model.pad(targets)  # (B, T)
         start = torch.full_like(labels[:, :1], student.config["decoder_start_token_id"])
-        decoder_input_ids = torch.cat((start, labels[:, :-1]), dim=1)  # (B, T): labels, one place later
+        decoder_input_ids = torch.cat((start, labels[:, :-1]), 1)  # (B, T): one place later
         read = [*model.pad(inputs), decoder_input_ids]
     else:
-        ids, mask = model.pad(list(map(operator.add, inputs, targets)))  # (B, T + 1)
+        ids, mask = model.pad([prompt + target for prompt, target in zip(inputs, targets)])
         read = [ids[:, :-1], mask[:, :-1]]
-        labels = ids[:, 1:]  # (B, T)
+        labels = ids[:, 1:]  # (B, T): one place earlier
         is_label = mask[:, 1:].clone()
         for row, prompt in enumerate(inputs):
             is_label[row, : len(prompt) - 1] = 0
@@ -360,19 +360,17 @@ def choice_logps(lm, tokenizer, prompts, choices, batch_size=64):
     """Return log p(choice | prompt) in nats, summed over the choice's tokens, and how many tokens
     each choice has: two lists of N lists.
 
-    tokenizer: or a TokenCache, as everywhere below; without one no prompt is too long. prompts: N
-    texts. choices: N lists of texts. Each prompt is read once. All first choices are
-    read behind the prompts, then all second ones in their place, and so on.
+    tokenizer: or a TokenCache; without one no prompt is too long. prompts: N texts. choices: N
+    lists of texts. Each prompt is read once. All first choices are read behind the prompts, then
+    all second ones in their place, and so on.
     """
     device = model.device_of(lm)
     token_cache = cached(tokenizer, NO_LIMIT)
     prompt_ids = token_cache.prompts(prompts)
     tails = []  # N lists, the ids of each choice
-    lengths = []
     for prompt, own in zip(prompts, choices):
-        _, ids = token_cache.pairs(lm, [prompt] * len(own), own, end=False)
-        tails.append(ids)
-        lengths.append(list(map(len, ids)))
+        tails.append(token_cache.pairs(lm, [prompt] * len(own), own, end=False)[1])
+    lengths = [list(map(len, own)) for own in tails]
     sums = [None] * len(prompts)
     for rows in progress(model.by_length(prompt_ids, batch_size), "score"):
         ids, mask = model.pad([prompt_ids[row] for row in rows])  # (B, S)
@@ -421,7 +419,10 @@ def write(lm, tokenizer, prompts, max_new_tokens):
 
 
 def guesses(student, tokenizer, questions, per_token=False):
-    """Return the index of the choice that the student finds likeliest, for each question."""
+    """Return the index of the choice that the student finds likeliest, for each question.
+
+    tokenizer, here and below: or the student's TokenCache, through whose chat it is asked.
+    """
     student.eval()
     prompts = list(map(predict_prompt, questions))
     choices = [q.choices for q in questions]
@@ -508,12 +509,11 @@ class Teachers:
 
     def rationales(self, questions, picks):
         """Return the rationale that teacher picks[i] gives to questions[i], N texts."""
-        texts = {}
+        texts = {}  # of each teacher, in the order of the questions
         for m in sorted(set(picks)):
             own = [q for q, pick in zip(questions, picks) if pick == m]
-            for q, text in zip(own, self.at_hand(m).rationales(own)):
-                texts[q, m] = text
-        return [texts[pair] for pair in zip(questions, picks)]
+            texts[m] = iter(self.at_hand(m).rationales(own))
+        return [next(texts[m]) for m in picks]
 
     def all_rationales(self, questions):
         """Return the rationales of all teachers for each question: N lists of M texts."""
@@ -525,7 +525,7 @@ class Teachers:
         """Tokens that this run needed, {"score_read": n, "rationale_read": n, "rationale_wrote":
         n}; cached ones count too.
         """
-        return sum(map(operator.attrgetter("ledger"), self.teachers), Counter())
+        return sum(map(attrgetter("ledger"), self.teachers), Counter())
 
 
 @dataclass(frozen=True)
@@ -687,7 +687,6 @@ class CheckpointTeacher:
         ids = model.encode(self.tokenizer, prompts)
         compute = self.score if kind == "score" else self.write
         room = self.asking.max_new_tokens  # for a rationale; a choice is shorter
-
         batches = model.by_length(ids, 128, self.asking.batch_tokens, lambda ids: len(ids) + room)
         self.file.parent.mkdir(parents=True, exist_ok=True)
         # Other runs may write to the same file: the buffer makes one append of each line.
@@ -698,7 +697,7 @@ class CheckpointTeacher:
                     read = len(ids[row]) + sum(answer.get("lengths", ()))
                     record = dict(format=FORMAT, key=keys[row], read=read, **answer)
                     line = json.dumps(record, ensure_ascii=False)
-                    file.write(f"\n{line}\n".encode())  # the first \n ends a line that was torn before
+                    file.write(f"\n{line}\n".encode())  # the first \n ends a line torn before
                     file.flush()
                     self.said[keys[row]] = record
 
