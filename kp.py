@@ -487,8 +487,8 @@ class Teachers:
 
     def __init__(self, teachers):
         self.teachers = teachers
-        self.names = [teacher.name for teacher in teachers]
-        self.are_large = sum(teacher.size for teacher in teachers) >= 2**30  # bytes
+        self.names = list(map(attrgetter("name"), teachers))
+        self.are_large = sum(map(attrgetter("size"), teachers)) >= 2**30  # bytes
 
     def __len__(self):
         return len(self.teachers)
@@ -593,7 +593,8 @@ class CheckpointTeacher:
     def scores(self, questions, count=True):
         """Return the probability of the right choice among the choices, N floats."""
         tried = self.tried(questions)
-        prompts = self.prompts(questions, score_prompt, zip(tried, map(solved, tried)))
+        examples = list(zip(tried, map(solved, tried)))
+        prompts = self.prompts(questions, score_prompt, examples)
         scores = []
         for q, record in zip(questions, self.look_up("score", questions, prompts, count)):
             logps = weigh_choices(record["logps"], record["lengths"], self.asking.per_token)
@@ -633,7 +634,6 @@ class CheckpointTeacher:
         same task. A prompt that is too long loses examples, never the question. The text of a
         special token is deleted.
         """
-        examples = list(examples)
         texts = []
         for q in questions:
             others = [text for e, text in examples if e.task == q.task and e.id != q.id]
