@@ -151,15 +151,16 @@ def train(args):
     seconds = Stopwatch()
     with seconds("set up"):
         data, teachers, student, tokenizer, open_lm = open_parts(args, ranks)
-        run = Run(args, ranks)
-        if run.finished():
-            return run.read_result()
+        run = Run(args, ranks, seconds)
+        if run.result.exists():
+            return model.read_json(run.result) if ranks.rank == 0 else None
         questions, valid = training_questions(args, data)
         token_cache = kp.TokenCache(tokenizer)
         prefixes = kp.explain_prefixes(len(teachers) if args.teacher_prefixes else 0)
-        weights = args.lam, args.alpha, prefixes
         visits = draw_visits(token_cache.prompts(map(kp.ask, questions)), args, ranks.count)
-        optimizer = new_optimizer(student, args)
+        optimizer = torch.optim.AdamW(
+            student.parameters(), betas=(0.9, 0.98), weight_decay=args.weight_decay, fused=True
+        )
 
     # Fit the purifier. Most purifiers ask the teachers here, and only for what they need.
     with seconds("purify"):
@@ -168,24 +169,28 @@ def train(args):
         purifier.fit()
 
     # Train on the dual loss.
-    run.restore(student, optimizer, purifier, seconds)
     net = ranks.wrap(student, args.compile)
-    for step in run.steps():
+    for step in run.steps(student, optimizer, purifier):
         with seconds("purify"):
             rationales = purifier.rationales(step)  # B lists of one rationale; TinyLLM: of all M
         with seconds("train"):
-            rate = begin_step(args, step, student, optimizer)
             batch = ranks.share([questions[row] for row in visits[step]])
-            own = ranks.share(rationales)
+            texts = ranks.share(rationales)
+            torch.manual_seed(args.seed * 1_000_003 + step)  # dropout: the same in a resumed run
+            student.train()
+            optimizer.param_groups[0]["lr"] = rate = learning_rate(step, args)
             losses = []
-            for part in parts_of(batch, args.accumulate):
+            for start in range(0, len(batch), args.batch_size):
+                part = slice(start, start + args.batch_size)
                 with torch.autocast(args.device, torch.bfloat16, enabled=args.dtype == "bfloat16"):
-                    loss = kp.dual_loss(net, token_cache, batch[part], own[part], *weights)
+                    loss = kp.dual_loss(
+                        net, token_cache, batch[part], texts[part], args.lam, args.alpha, prefixes
+                    )
                 (loss.total / args.accumulate).backward()
                 losses.append(loss)
             norm = torch.nn.utils.clip_grad_norm_(student.parameters(), args.clip)
             optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+            optimizer.zero_grad()
             loss = ranks.gather(kp.join(losses), rationales)
         with seconds("purify"):
             noted = purifier.feedback(step, loss)
@@ -193,18 +198,14 @@ def train(args):
         if run.evaluates(step):
             with seconds("evaluate"):
                 run.log(step, valid=measure(args, student, tokenizer, valid, prefixes))
-        if run.saves(step):
-            run.save(step + 1, student, optimizer, purifier, seconds)
 
-    # Evaluate, and write what the run leaves behind. All ranks ask teachers, rank 0 does the rest.
+    # Evaluate, and write what the run leaves behind.
     with seconds("evaluate"):
-        figures = purifier.figures()
-        if ranks.rank != 0:
-            return None
         run.log(args.steps, valid=measure(args, student, tokenizer, valid, prefixes))
-        figures |= measure_test(args, student, tokenizer, data, prefixes)
-    model.save(student, tokenizer, run.folder / "student")
-    return run.finish(purifier, figures, seconds)
+        figures = purifier.figures() | measure(args, student, tokenizer, data["test"], prefixes)
+        ood = data.get("ood/test", [])
+        figures["ood"] = kp.accuracy(student, tokenizer, ood, args.per_token)
+    return run.finish(student, tokenizer, purifier, figures)
 
 
 # ---------------------------------------------------------------------------------------- the parts
@@ -215,12 +216,12 @@ def settle(args):
     known = ", ".join(purify.PURIFIERS)
     why = f"--purifier {args.purifier}: unknown; take one of {known}"
     require(args.purifier in purify.PURIFIERS, why)
-    has_cuda = torch.cuda.is_available()
-    why = f"--device {args.device}: no such device here; take cpu"
-    require(args.device in (None, "cpu") or args.device == "cuda" and has_cuda, why)
+    devices = ["cuda", "cpu"] if torch.cuda.is_available() else ["cpu"]
+    device = args.device or devices[0]
     in_micro_world = args.data is None
     defaults = dict(
-        device="cuda" if has_cuda else "cpu",
+        device=device,
+        dtype="bfloat16" if device == "cuda" else "float32",
         out=f"out/{args.purifier}{'-ood' if args.ood else ''}-{args.seed}",
         lam=4.0 if in_micro_world else 1.0,
         lr=1.5e-3 if args.student == "tiny" else 3e-4,
@@ -232,10 +233,9 @@ def settle(args):
     for name, default in defaults.items():
         if getattr(args, name) is None:
             setattr(args, name, default)
+    require(device in devices, f"--device {device}: no such device here; take cpu")
     why = f"--dtype {args.dtype}: take float32 or bfloat16"
-    require(args.dtype in (None, "float32", "bfloat16"), why)
-    if args.dtype is None:
-        args.dtype = "bfloat16" if args.device == "cuda" else "float32"
+    require(args.dtype in ("float32", "bfloat16"), why)
 
 
 def open_parts(args, ranks):
@@ -248,8 +248,7 @@ def open_parts(args, ranks):
     with ranks.first_alone():  # rank 0 makes the micro world, the others find it there
         folder = Path(args.data) if args.data else prepare.prepare(args.world, args.well_read)
     data = read_data(folder)
-    for split in ("train", "test"):
-        require(not args.ood or f"ood/{split}" in data, f"--ood: {folder} has no ood/{split}.jsonl")
+    require(not args.ood or "ood/train" in data, f"--ood: {folder} has no ood/train.jsonl")
 
     def open_lm(path):
         if path or t5s:
@@ -270,20 +269,15 @@ def open_parts(args, ranks):
     return data, teachers, student, tokenizer, open_lm
 
 
-def open_teachers(args, folder, data, judge, ranks=kp.ONE_PROCESS):
+def open_teachers(args, folder, data, judge, ranks):
     """Return kp.Teachers: those that --teachers names, the micro world's, or the data set's own
     rationales/*.jsonl.
     """
     if args.data:
-        paths = [Path(path) for path in args.teachers or sorted(folder.glob("rationales/*.jsonl"))]
+        paths = args.teachers or sorted(folder.glob("rationales/*.jsonl"))
         require(paths, f"{folder}: no teachers in rationales/*.jsonl; give --teachers DIR ...")
     else:
-        names = args.teachers or prepare.TEACHERS
-        for name in names:
-            known = ", ".join(prepare.TEACHERS)
-            why = f"--teachers {name}: the micro world's are {known}; others need --data"
-            require(name in prepare.TEACHERS, why)
-        paths = [folder / "teachers" / name for name in names]
+        paths = [folder / "teachers" / name for name in args.teachers or prepare.TEACHERS]
     n = len(paths)
     require(args.teacher < n, f"--teacher {args.teacher}: there are {n} teachers, numbered from 0")
     asking = kp.Asking(
@@ -296,9 +290,9 @@ def open_teachers(args, folder, data, judge, ranks=kp.ONE_PROCESS):
         batch_tokens=args.batch_tokens,
         seed=args.seed,
     )
-    needed = ("train", "ood/train") if args.ood else ("train",)
+    needed = ["train", "ood/train"] if args.ood else ["train"]
     teachers = []
-    for path in paths:
+    for path in map(Path, paths):
         if path.suffix == ".jsonl":
             texts, scores = read_rationales(path, data, needed, args.max_new_tokens)
             teachers.append(kp.TextTeacher(path.stem, texts, scores, judge))
@@ -355,63 +349,32 @@ def measure(args, student, tokenizer, questions, prefixes):
     return {"accuracy": kp.accuracy(student, tokenizer, questions, args.per_token), **best}
 
 
-def measure_test(args, student, tokenizer, data, prefixes):
-    """Return `measure` of test, and the accuracy out of domain as "ood"."""
-    shares = measure(args, student, tokenizer, data["test"], prefixes)
-    shares["ood"] = kp.accuracy(student, tokenizer, data.get("ood/test", []), args.per_token)
-    return shares
-
-
-def draw_visits(prompts, args, n_ranks=1, block=8):
+def draw_visits(prompts, args, n_ranks=1):
     """Return visits, where visits[step] are the rows of that step's batch. Each epoch visits
     every row once.
 
-    prompts: N lists of ids. Each `block` of batches is sorted by length: 5 % of the tokens are
-    padding instead of 19 %.
+    prompts: N lists of ids. Each 8 batches are sorted by length: 5 % of the tokens are padding
+    instead of 19 %.
     """
     size = args.batch_size * args.accumulate * n_ranks
     n_visits = args.steps * size
     order = []
     for epoch in range(math.ceil(n_visits / len(prompts))):
         order += random.Random(f"{args.seed} {epoch}").sample(range(len(prompts)), len(prompts))
+    del order[n_visits:]
     visits = []
-    for start in range(0, n_visits, block * size):
-        rows = order[start : min(start + block * size, n_visits)]
-        rows.sort(key=lambda row: len(prompts[row]))
+    for start in range(0, n_visits, 8 * size):
+        rows = sorted(order[start : start + 8 * size], key=lambda row: len(prompts[row]))
         batches = [rows[i : i + size] for i in range(0, len(rows), size)]
         visits += random.Random(f"{args.seed} {start}").sample(batches, len(batches))
     return visits
-
-
-def new_optimizer(student, args):
-    betas = 0.9, 0.98
-    decay = args.weight_decay
-    return torch.optim.AdamW(student.parameters(), args.lr, betas, weight_decay=decay, fused=True)
-
-
-def parts_of(batch, n):
-    """Return the n slices into which gradient accumulation cuts a batch."""
-    size = len(batch) // n
-    return [slice(start, start + size) for start in range(0, len(batch), size)]
-
-
-def begin_step(args, step, student, optimizer):
-    """Return the learning rate, after setting it. Dropout depends on seed and step alone, so a
-    resumed run repeats it.
-    """
-    student.train()
-    torch.manual_seed(args.seed * 1_000_003 + step)
-    rate = learning_rate(step, args)
-    for group in optimizer.param_groups:
-        group["lr"] = rate
-    return rate
 
 
 def learning_rate(step, args):
     """Return the rate of a step: linear warm-up to --lr, then cosine decay to zero."""
     if step < args.warmup:
         return args.lr * (step + 1) / args.warmup
-    progress = (step - args.warmup) / max(1, args.steps - args.warmup)
+    progress = (step - args.warmup) / (args.steps - args.warmup)
     return args.lr * 0.5 * (1 + math.cos(math.pi * progress))
 
 
@@ -428,24 +391,22 @@ class Run:
     Rank 0 alone writes. The other ranks read the checkpoint and follow the same steps.
     """
 
-    def __init__(self, args, ranks):
+    def __init__(self, args, ranks, seconds):
         self.args = args
         self.ranks = ranks
+        self.seconds = seconds
         self.folder = Path(args.out)
         self.checkpoint = self.folder / "checkpoint.safetensors"
         self.metrics = self.folder / "metrics.jsonl"
         self.result = self.folder / "result.json"
         self.router = self.folder / "router.safetensors"
-        self.first_step = 0
         self.student_tokens = 0
         self.pending = []  # lines of metrics.jsonl that are not written yet
-        self.signals = []  # SIGINT or SIGTERM, once they came
-        self.stopping = False
         self.valid = None
-        with ranks.first_alone():
-            if ranks.rank == 0:
-                self.lock()
-                self.begin()
+        if ranks.rank == 0:
+            self.lock()
+            self.begin()
+        ranks.wait()
 
     def lock(self):
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -461,105 +422,96 @@ class Run:
         config = self.folder / "config.json"
         settings = {"format": FORMAT, **vars(self.args)}
         del settings["resume"], settings["overwrite"]
-        before = model.read_json(config) if config.exists() else {}
-        found = before.get("format", FORMAT)
+        before = model.read_json(config) if config.exists() else settings
+        found = before.get("format")
         why = f"format {found!r}, this code writes {FORMAT}; give another --out"
         require(found == FORMAT, f"{config}: {why}")
-        if before and self.args.resume:
-            other = [name for name, value in settings.items() if before.get(name) != value]
-            other = ", --".join(other).replace("_", "-")
-            why = f"--resume with other arguments: --{other}; give the same"
-            require(not other, f"{self.folder}: {why}")
-            if self.checkpoint.exists() or self.finished():
+        if self.args.resume:
+            for name, value in settings.items():
+                was = before.get(name)
+                why = f"begun with --{name.replace('_', '-')} {was}, not {value}; give the same"
+                require(was == value, f"{self.folder}: {why}")
+            if self.checkpoint.exists() or self.result.exists():
                 return
-        elif before and not self.finished() and not self.args.overwrite:
+        elif config.exists() and not self.result.exists():
             why = "holds an unfinished run; go on with --resume or start anew with --overwrite"
-            raise BadInput(f"{self.folder}: {why}")
+            require(self.args.overwrite, f"{self.folder}: {why}")
         for file in (self.checkpoint, self.metrics, self.result, self.router):
             file.unlink(missing_ok=True)
         model.write_json(config, settings)
 
-    def read_result(self):
-        return model.read_json(self.result) if self.ranks.rank == 0 else None
-
-    def finished(self):
-        return self.result.exists()
-
     # Steps and signals
 
-    def steps(self):
-        """Yield the steps that are left. After Ctrl-C or SIGTERM, end the process behind a step
-        that was saved.
+    def steps(self, student, optimizer, purifier):
+        """Yield the steps that are left. Save where the run evaluates, and after Ctrl-C or
+        SIGTERM, which end the process behind that step.
         """
-        signals = self.signals
+        first = self.restore(student, optimizer, purifier)
+        signals = [0]  # and those that came
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, lambda number, frame: signals.append(number))
-        steps = range(self.first_step, self.args.steps)
+        n = self.args.steps
         name = f"train {self.args.purifier}"
-        self.bar = tqdm(steps, name, initial=self.first_step, total=self.args.steps, unit="step")
+        self.bar = tqdm(range(first, n), name, initial=first, total=n, unit="step")
         for step in self.bar:
             yield step
-            if self.stopping:
+            stopping = max(self.ranks.collect(max(signals)))  # for all ranks the same
+            if stopping or self.evaluates(step):
+                self.save(step + 1, student, optimizer, purifier)
+            if stopping:
                 self.bar.close()
                 if self.ranks.rank == 0:
                     again = "go on with the same command and --resume"
                     print(f"stopped after step {step + 1} and saved; {again}", file=sys.stderr)
-                number = self.signals[0] if self.signals else signal.SIGTERM
-                sys.exit(128 + number)
+                sys.exit(128 + stopping)
         signal.signal(signal.SIGINT, signal.default_int_handler)  # the last evaluation may be stopped
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
     def evaluates(self, step):
-        """Tell whether rank 0 looks at valid after this step."""
+        """Tell whether to look at valid after this step, and to save."""
         step += 1
-        return self.ranks.rank == 0 and step % self.args.eval_every == 0 and step < self.args.steps
-
-    def saves(self, step):
-        """Tell whether to save after this step: where it evaluates, and before it stops."""
-        if self.ranks.count == 1:
-            self.stopping = bool(self.signals)
-        elif (step + 1) % LOG_EVERY == 0:  # all ranks stop behind the same step
-            self.stopping = self.ranks.any_of(self.signals)
-        return self.stopping or self.evaluates(step)
+        return step % self.args.eval_every == 0 and step < self.args.steps
 
     # The log
 
-    def log_loss(self, step, loss, **values):
-        """Keep a step's figures, and write them every LOG_EVERY steps."""
-        values["loss"] = loss.total.detach()
-        values["answer"] = loss.answer.mean()
-        values["rationale"] = loss.rationale.mean() if len(loss.rationale) else 0.0
-        values["padding"] = 1 - loss.tokens / loss.padded
-        self.log(step, tokens=loss.tokens, **values)
+    def log_loss(self, step, loss, **figures):
+        """Log a step's losses and figures; show them every LOG_EVERY steps."""
+        self.student_tokens += loss.tokens
+        figures["loss"] = loss.total
+        figures["answer"] = loss.answer.mean()
+        figures["rationale"] = loss.rationale.mean() if len(loss.rationale) else 0.0
+        figures["padding"] = 1 - loss.tokens / loss.padded
+        self.log(step, tokens=loss.tokens, **figures)
         if (step + 1) % LOG_EVERY == 0:
             self.flush()
             valid = f", valid {self.valid['accuracy']['mean']:.3f}" if self.valid else ""
             self.bar.set_postfix_str(f"loss {loss.total.item():.3f}{valid}")
 
-    def log(self, step, **values):
-        self.valid = values.get("valid", self.valid)
-        self.pending.append({"step": step, **values})
+    def log(self, step, **figures):
+        self.valid = figures.get("valid", self.valid)
+        self.pending.append({"step": step, **figures})
 
     def flush(self):
-        """Write the pending lines; this waits for the device. Raise BadInput where a loss is not
+        """Write the pending lines; this waits for the device. Raise BadInput where a figure is not
         finite.
         """
+        lines = []
         for line in self.pending:
-            for key, value in line.items():
-                if torch.is_tensor(value):
-                    line[key] = value.item()
-            finite = math.isfinite(line.get("loss", 0.0)) and math.isfinite(line.get("norm", 0.0))
-            place = f"{self.folder}: step {line['step']} of {self.args.purifier}"
-            require(finite, f"{place}: the loss or its gradient is not finite; lower --lr")
-            self.student_tokens += line.get("tokens", 0)
+            try:
+                text = json.dumps(line, default=torch.Tensor.item, allow_nan=False)
+            except ValueError:
+                place = f"{self.folder}: step {line['step']} of {self.args.purifier}"
+                why = "the loss or its gradient is not finite; lower --lr"
+                raise BadInput(f"{place}: {why}") from None
+            lines.append(text + "\n")
+        self.pending.clear()
         if self.ranks.rank == 0:
             with open(self.metrics, "a", encoding="utf-8") as file:
-                file.writelines(json.dumps(line) + "\n" for line in self.pending)
-        self.pending.clear()
+                file.writelines(lines)
 
     # The checkpoint
 
-    def save(self, step, student, optimizer, purifier, seconds):
+    def save(self, step, student, optimizer, purifier):
         """Write everything that training changes and nothing can recompute, in one file.
 
         Random draws need no state, because they depend on seed and step alone. Neither does the
@@ -572,42 +524,49 @@ class Run:
         tensors = model.state_of(student=student, optimizer=optimizer)
         for name, value in purifier.state().items():
             tensors[f"purifier.{name}"] = value
-        tensors = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
-        log_bytes = self.metrics.stat().st_size
-        counts = dict(student_tokens=self.student_tokens, log_bytes=log_bytes)
-        progress = dict(step=step, seconds=seconds, **counts)
+        progress = dict(
+            step=step,
+            student_tokens=self.student_tokens,
+            log_bytes=self.metrics.stat().st_size,
+            seconds=self.seconds,
+        )
         with model.atomic(self.checkpoint) as temporary:
             save_file(tensors, temporary, {"progress": json.dumps(progress)})
 
-    def restore(self, student, optimizer, purifier, seconds):
-        """Go back to the checkpoint, if there is one."""
+    def restore(self, student, optimizer, purifier):
+        """Go back to the checkpoint, if there is one. Return the first step that is left."""
         if not self.checkpoint.exists():
-            return
+            return 0
         tensors, metadata = model.read_tensors(self.checkpoint)
         progress = json.loads(metadata["progress"])
         model.restore_state(tensors, student=student, optimizer=optimizer)
         purifier.restore(model.part_of(tensors, "purifier"), progress["step"])
-        seconds.update(progress["seconds"])
-        self.first_step = progress["step"]
+        self.seconds.update(progress["seconds"])
         self.student_tokens = progress["student_tokens"]
         if self.ranks.rank == 0:
             os.truncate(self.metrics, progress["log_bytes"])  # what came later comes again
+        return progress["step"]
 
-    def finish(self, purifier, figures, seconds):
-        """Write purified.jsonl and result.json, delete the checkpoint. Return the result."""
+    # The end
+
+    def finish(self, student, tokenizer, purifier, figures):
+        """Write what the run leaves behind, and delete the checkpoint. Return the result."""
         self.flush()
+        if self.ranks.rank != 0:
+            return None
+        model.save(student, tokenizer, self.folder / "student")
         n_empty = 0
         true = []  # of the rationales whose truth is known, which are true
+        lines = []
+        for row in purifier.rows:
+            q = purifier.questions[row]
+            texts = purifier.given(row)
+            n_empty += texts.count("")
+            true += [text == q.truth for text in texts if q.truth]
+            line = dict(id=q.id, rationales=texts, probabilities=purifier.probabilities(row))
+            lines.append(json.dumps(line, ensure_ascii=False) + "\n")
         with model.atomic(self.folder / "purified.jsonl") as temporary:
-            with open(temporary, "w", encoding="utf-8") as file:
-                for row in purifier.rows:
-                    texts = purifier.given(row)
-                    n_empty += texts.count("")
-                    q = purifier.questions[row]
-                    true += [text == q.truth for text in texts if q.truth]
-                    line = dict(id=q.id, rationales=texts)
-                    line["probabilities"] = purifier.probabilities(row)
-                    file.write(json.dumps(line, ensure_ascii=False) + "\n")
+            temporary.write_text("".join(lines), encoding="utf-8")
         ledger = purifier.teachers.ledger + purifier.ledger
         result = dict(
             purifier=self.args.purifier,
@@ -621,12 +580,11 @@ class Run:
             ledger=ledger,
             student_tokens=self.student_tokens,
             empty_rationales=n_empty,
-            seconds={stage: round(value, 2) for stage, value in seconds.items()},
+            seconds={stage: round(value, 2) for stage, value in self.seconds.items()},
         )
         kept = purifier.kept()
         if kept:
-            about = dict(purifier=self.args.purifier, teachers=purifier.teachers.names)
-            about = {name: json.dumps(value) for name, value in about.items()}
+            about = {name: json.dumps(result[name]) for name in ("purifier", "teachers")}
             with model.atomic(self.router) as temporary:
                 save_file(kept, temporary, about)
         model.write_json(self.result, result)
@@ -693,11 +651,13 @@ class Ranks:
             net.config = student.config
         return torch.compile(net, dynamic=True) if compiles else net
 
-    def any_of(self, flag):
-        """Tell whether the flag is set on any rank."""
-        flags = [None] * self.count
-        dist.all_gather_object(flags, bool(flag))
-        return any(flags)
+    def collect(self, value):
+        """Return the value that each rank has."""
+        values = [value]
+        if self.count > 1:
+            values = [None] * self.count
+            dist.all_gather_object(values, value)
+        return values
 
     def gather(self, loss, rationales):
         """Return the kp.DualLoss of the whole batch, in its order; rationales are the whole

@@ -343,7 +343,7 @@ for counts in ((2, 0, 3, 1, 1, 0), (1, 0, 1, 0), (0, 0), (4, 4, 4, 4)):
     assert whole.answer.tolist() == [100.0 + row for row in rows], whole
     assert whole.rationale.tolist() == [10.0 * row + m for row in rows for m in range(counts[row])], whole
     assert (whole.total.item(), whole.tokens, whole.padded) == (1.0, 11, 14), whole
-assert ranks.any_of(ranks.rank == 1) and not ranks.any_of(False)
+assert any(ranks.collect(ranks.rank == 1)) and not any(ranks.collect(False))
 print("gathered in order", flush=True)
 train.main(train.parse_args(sys.argv[1:]))
 """
