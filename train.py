@@ -175,7 +175,7 @@ def train(args):
             rationales = purifier.rationales(step)  # B lists of one rationale; TinyLLM: of all M
         with seconds("train"):
             batch = ranks.share([questions[row] for row in visits[step]])
-            texts = ranks.share(rationales)
+            own = ranks.share(rationales)
             torch.manual_seed(args.seed * 1_000_003 + step)  # dropout: the same in a resumed run
             student.train()
             optimizer.param_groups[0]["lr"] = rate = learning_rate(step, args)
@@ -184,14 +184,14 @@ def train(args):
                 part = slice(start, start + args.batch_size)
                 with torch.autocast(args.device, torch.bfloat16, enabled=args.dtype == "bfloat16"):
                     loss = kp.dual_loss(
-                        net, token_cache, batch[part], texts[part], args.lam, args.alpha, prefixes
+                        net, token_cache, batch[part], own[part], args.lam, args.alpha, prefixes
                     )
                 (loss.total / args.accumulate).backward()
                 losses.append(loss)
             norm = torch.nn.utils.clip_grad_norm_(student.parameters(), args.clip)
             optimizer.step()
             optimizer.zero_grad()
-            loss = ranks.gather(kp.join(losses), rationales)
+            loss = ranks.gather(kp.join(losses))
         with seconds("purify"):
             noted = purifier.feedback(step, loss)
         run.log_loss(step, loss, norm=norm, lr=rate, **noted)
@@ -203,8 +203,7 @@ def train(args):
     with seconds("evaluate"):
         run.log(args.steps, valid=measure(args, student, tokenizer, valid, prefixes))
         figures = purifier.figures() | measure(args, student, tokenizer, data["test"], prefixes)
-        ood = data.get("ood/test", [])
-        figures["ood"] = kp.accuracy(student, tokenizer, ood, args.per_token)
+        figures["ood"] = kp.accuracy(student, tokenizer, data.get("ood/test", []), args.per_token)
     return run.finish(student, tokenizer, purifier, figures)
 
 
@@ -609,7 +608,7 @@ class Ranks:
     """The processes that torchrun starts, one a GPU (nccl), or on CPUs (gloo). Without torchrun
     it is this one alone.
 
-    The whole batch has B rows, of which rank r trains on rows r, r + count, r + 2 count, ...
+    The whole batch has B rows, of which rank 0 trains on the first B / count, and so on.
     """
 
     def __init__(self, device):
@@ -639,7 +638,8 @@ class Ranks:
 
     def share(self, rows):
         """Return this rank's rows of the whole batch."""
-        return rows[self.rank :: self.count]
+        size = len(rows) // self.count
+        return rows[self.rank * size :][:size]
 
     def wrap(self, student, compiles):
         """Return the student as the loss calls it: with gradients averaged over ranks, and
@@ -659,24 +659,13 @@ class Ranks:
             dist.all_gather_object(values, value)
         return values
 
-    def gather(self, loss, rationales):
-        """Return the kp.DualLoss of the whole batch, in its order; rationales are the whole
-        batch's texts.
-        """
+    def gather(self, loss):
+        """Return the kp.DualLoss of the whole batch, in its order."""
         if self.count == 1:
             return loss
-        parts = [None] * self.count
-        on_cpu = dict(answer=loss.answer.cpu(), rationale=loss.rationale.cpu())
-        own = loss._replace(total=loss.total.item(), **on_cpu)
-        dist.all_gather_object(parts, tuple(own))
-        totals, answers, explained, tokens, padded = zip(*parts)
-        explained = [iter(losses) for losses in explained]  # each rank's, in the order of its rows
-        rationale = []
-        for row, texts in enumerate(rationales):
-            rationale += [next(explained[row % self.count]) for _ in texts]
-        answer = torch.stack(answers, 1).flatten()  # row i is of rank i % count
-        total = torch.tensor(totals).mean()
-        return kp.DualLoss(total, answer, torch.tensor(rationale), sum(tokens), sum(padded))
+        total, answer, rationale, tokens, padded = loss
+        own = kp.DualLoss(total.cpu(), answer.cpu(), rationale.cpu(), tokens, padded)
+        return kp.join(self.collect(own))
 
 
 # -------------------------------------------------------------------------------- the closing table

@@ -333,13 +333,12 @@ import train
 
 ranks = train.Ranks("cpu")
 for counts in ((2, 0, 3, 1, 1, 0), (1, 0, 1, 0), (0, 0), (4, 4, 4, 4)):
-    rationales = [[f"{{row}} {{m}}" for m in range(n)] for row, n in enumerate(counts)]
     rows = list(range(len(counts)))
     own = ranks.share(rows)
     answer = torch.tensor([100.0 + row for row in own])
     rationale = torch.tensor([10.0 * row + m for row in own for m in range(counts[row])])
     loss = kp.DualLoss(torch.tensor(2.0 * ranks.rank), answer, rationale, 5 + ranks.rank, 7)
-    whole = ranks.gather(loss, rationales)
+    whole = ranks.gather(loss)
     assert whole.answer.tolist() == [100.0 + row for row in rows], whole
     assert whole.rationale.tolist() == [10.0 * row + m for row in rows for m in range(counts[row])], whole
     assert (whole.total.item(), whole.tokens, whole.padded) == (1.0, 11, 14), whole
