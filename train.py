@@ -259,8 +259,7 @@ def open_parts(args, ranks):
         t5s = [teacher.folder for teacher in teachers.teachers if teacher.kind == "t5"]
     else:
         t5s = [folder / "teachers" / "t5"]
-    own = folder / "student" if args.student == "tiny" and not args.data else args.student
-    student, tokenizer = load_student(own, args, t5s, data["train"])
+    student, tokenizer = load_student(args, folder, data["train"])
     if args.encoder:
         encoder, _ = open_lm(args.encoder)
         why = f"--encoder {args.encoder}: not an encoder; take a Bert or a T5"
@@ -300,24 +299,19 @@ def open_teachers(args, folder, data, judge, ranks):
     return kp.Teachers(teachers)
 
 
-def load_student(path, args, t5s, questions):
-    """Return (T5, tokenizer): a checkpoint, or for the path "tiny" a new small T5 with the
-    tokenizer of the first of t5s or of the questions.
+def load_student(args, folder, questions):
+    """Return (T5, tokenizer): a checkpoint, the micro world's, or for --data and "tiny" a new small
+    T5 with a tokenizer made of the questions.
     """
-    if path != "tiny":
-        student, tokenizer = model.load(path, args.device, torch.float32)
-        kind = student.config["model_type"]
-        require(kind == "t5", f"--student {args.student}: a student is a T5; this is a {kind}")
-        return student, tokenizer
-    config = {}
-    if t5s:
-        config = model.read_config(t5s[0])
-        tokenizer = model.load_tokenizer(t5s[0] / "tokenizer.json", config["vocab_size"])
-    else:
+    if args.data and args.student == "tiny":
         tokenizer = train_tokenizer(questions)
-    torch.manual_seed(args.seed)
-    special = config.get("pad_token_id", 0), config.get("eos_token_id", 1)
-    return prepare.tiny_t5(tokenizer.get_vocab_size(), *special).to(args.device), tokenizer
+        torch.manual_seed(args.seed)
+        return prepare.tiny_t5(tokenizer.get_vocab_size()).to(args.device), tokenizer
+    path = folder / "student" if args.student == "tiny" else args.student
+    student, tokenizer = model.load(path, args.device, torch.float32)
+    kind = student.config["model_type"]
+    require(kind == "t5", f"--student {path}: a student is a T5; this is a {kind}")
+    return student, tokenizer
 
 
 def training_questions(args, data):
