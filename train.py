@@ -606,15 +606,12 @@ class Ranks:
     """
 
     def __init__(self, device):
-        self.rank = 0
-        self.count = 1
-        if "RANK" in os.environ:
+        self.rank = int(os.environ.get("RANK", 0))
+        self.count = int(os.environ.get("WORLD_SIZE", 1))
+        if self.count > 1 and not dist.is_initialized():
             if device == "cuda":
                 torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-            if not dist.is_initialized():
-                dist.init_process_group("nccl" if device == "cuda" else "gloo")
-            self.rank = dist.get_rank()
-            self.count = dist.get_world_size()
+            dist.init_process_group("nccl" if device == "cuda" else "gloo")
 
     def wait(self):
         """Wait for all ranks."""
