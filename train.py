@@ -55,7 +55,7 @@ ARGUMENTS = {
         ("well-read", flag, False, "a control: a micro world whose teachers have read everything"),
         ("data", str, None, "folder with train.jsonl, valid.jsonl, test.jsonl"),
         ("teachers", list, None, WHICH_TEACHERS),
-        ("student", str, "tiny", "checkpoint folder of a T5, or tiny: the micro world's, or a new one"),
+        ("student", str, "tiny", "checkpoint folder of an LM, or tiny: the micro world's, or a new T5"),
         ("encoder", str, None, "sentence encoder (default: a T5 teacher, else the student)"),
         ("scorer", str, None, "scores ready rationales (default: a T5 teacher, else the student)"),
         ("ood", flag, False, "train on the out-of-domain tasks; purifiers are fitted in domain"),
@@ -209,6 +209,8 @@ def train(args):
 
 # ---------------------------------------------------------------------------------------- the parts
 
+STUDENTS = ("t5", "llama", "mistral", "qwen2", "qwen3")  # model_types that can learn
+
 
 def settle(args):
     """Fill in the defaults that depend on other arguments. Raise BadInput for what cannot work."""
@@ -242,7 +244,7 @@ def open_parts(args, ranks):
     tokenizer, and open_lm.
 
     open_lm(path) loads that checkpoint, or without a path the T5 at hand: the micro world's, the
-    first T5 teacher, or else the student as it starts.
+    first T5 teacher, or else the student as it starts. Raise BadInput where there is none.
     """
     with ranks.first_alone():  # rank 0 makes the micro world, the others find it there
         folder = Path(args.data) if args.data else prepare.prepare(args.world, args.well_read)
@@ -252,6 +254,9 @@ def open_parts(args, ranks):
     def open_lm(path):
         if path or t5s:
             return model.load(path or t5s[0], args.device)
+        why = f"--student {args.student}: no T5, and there is no T5 teacher in its place"
+        is_t5 = student.config["model_type"] == "t5"
+        require(is_t5, f"{why}; give --encoder DIR (to score: --scorer, to aggregate: --aggregator)")
         return copy.deepcopy(student).eval(), tokenizer
 
     teachers = open_teachers(args, folder, data, kp.Judge(lambda: open_lm(args.scorer)), ranks)
@@ -300,8 +305,8 @@ def open_teachers(args, folder, data, judge, ranks):
 
 
 def load_student(args, folder, questions):
-    """Return (T5, tokenizer): a checkpoint, the micro world's, or for --data and "tiny" a new small
-    T5 with a tokenizer made of the questions.
+    """Return (student, tokenizer): a checkpoint, the micro world's, or for --data and "tiny" a new
+    small T5 with a tokenizer made of the questions.
     """
     if args.data and args.student == "tiny":
         tokenizer = train_tokenizer(questions)
@@ -310,7 +315,8 @@ def load_student(args, folder, questions):
     path = folder / "student" if args.student == "tiny" else args.student
     student, tokenizer = model.load(path, args.device, torch.float32)
     kind = student.config["model_type"]
-    require(kind == "t5", f"--student {path}: a student is a T5; this is a {kind}")
+    why = f"--student {path}: a {kind} cannot be a student; take one of {', '.join(STUDENTS)}"
+    require(kind in STUDENTS, why)
     return student, tokenizer
 
 

@@ -538,6 +538,35 @@ def test_a_bad_encoder_is_named_before_anything_is_written(world, teacher_folder
     assert not (tmp_path / "run").exists()
 
 
+def test_a_bert_cannot_be_a_student(world, teacher_folders, tmp_path):
+    _, tokenizer = model.load(teacher_folders[0])
+    sizes = dict(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32)
+    sizes["vocab_size"] = tokenizer.get_vocab_size()
+    model.save(model.Bert(sizes), tokenizer, tmp_path / "bert")
+    with pytest.raises(model.BadInput, match="a bert cannot be a student; take one of t5, llama"):
+        run(world, teacher_folders, tmp_path, "--student", str(tmp_path / "bert"))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_decoder_only_student_needs_an_encoder_beside_it(world, teacher_folders, tmp_path):
+    """A T5 teacher is one; without it the line says what to give."""
+
+    def open_lm(teachers):
+        arguments = [*on(world, teachers), "--student", str(teacher_folders[1])]
+        args = train.parse_args([*arguments, "--cache", str(tmp_path / "cache")])
+        train.settle(args)
+        *_, student, _, open_lm = train.open_parts(args, train.Ranks("cpu"))
+        assert student.config["model_type"] == "llama"
+        return open_lm
+
+    assert hasattr(open_lm(teacher_folders)(None)[0], "encode")
+    without_t5 = open_lm(teacher_folders[1:])
+    with pytest.raises(model.BadInput, match="give --encoder") as error:
+        without_t5(None)
+    assert "\n" not in str(error.value)
+    assert hasattr(without_t5(teacher_folders[0])[0], "encode")
+
+
 def test_eval_of_nothing_ends_with_one_line(tmp_path):
     out = command("eval.py", str(tmp_path / "nowhere"))
     assert out.returncode == 2 and "no such folder" in out.stderr and "Traceback" not in out.stderr
