@@ -89,6 +89,7 @@ ARGUMENTS = {
         ("device", str, None, "cpu or cuda (default: cuda if there is one)"),
         ("dtype", str, None, "float32 or bfloat16 (default: bfloat16 on cuda)"),
         ("compile", flag, False, "torch.compile the student: a slow start, faster steps"),
+        ("recompute", flag, False, "recompute activations in the backward pass: less memory, a third slower"),
     ],
 }
 
@@ -169,7 +170,7 @@ def train(args):
         purifier.fit()
 
     # Train on the dual loss.
-    net = ranks.wrap(student, args.compile)
+    net = ranks.wrap(student, args)
     for step in run.steps(student, optimizer, purifier):
         with seconds("purify"):
             rationales = purifier.rationales(step)  # B lists of one rationale; TinyLLM: of all M
@@ -638,15 +639,16 @@ class Ranks:
         size = len(rows) // self.count
         return rows[self.rank * size :][:size]
 
-    def wrap(self, student, compiles):
+    def wrap(self, student, args):
         """Return the student as the loss calls it: with gradients averaged over ranks, and
-        perhaps compiled.
+        compiled or recomputing where --compile or --recompute say so.
         """
+        student.recompute = args.recompute  # which the model reads
         net = student
         if self.count > 1:
             net = torch.nn.parallel.DistributedDataParallel(student)
             net.config = student.config
-        return torch.compile(net, dynamic=True) if compiles else net
+        return torch.compile(net, dynamic=True) if args.compile else net
 
     def collect(self, value):
         """Return the value that each rank has."""

@@ -130,6 +130,13 @@ def test_a_student_may_be_a_checkpoint(world, teacher_folders, tmp_path):
     assert all(torch.equal(p, q) for p, q in zip(before.parameters(), after.parameters()))
 
 
+@pytest.mark.parametrize("arguments, recomputes", [([], False), (["--recompute"], True)])
+def test_the_student_is_told_to_recompute(teacher_folders, arguments, recomputes):
+    student, _ = model.load(teacher_folders[0])
+    assert train.Ranks("cpu").wrap(student, train.parse_args(arguments)) is student
+    assert student.recompute is recomputes
+
+
 def test_the_readme_s_sixth_purifier_works(world, teacher_folders, tmp_path, monkeypatch):
     monkeypatch.setattr(purify, "PURIFIERS", dict(purify.PURIFIERS))
     code = (ROOT / "README.md").read_text().split("```python\n")[1].split("```")[0]
