@@ -175,7 +175,7 @@ def train(args):
         with seconds("purify"):
             rationales = purifier.rationales(step)  # B lists of one rationale; TinyLLM: of all M
         with seconds("train"):
-            batch = ranks.share([questions[row] for row in visits[step]])
+            batch = [questions[row] for row in ranks.share(visits[step])]
             own = ranks.share(rationales)
             torch.manual_seed(args.seed * 1_000_003 + step)  # dropout: the same in a resumed run
             student.train()
@@ -219,11 +219,11 @@ def settle(args):
     why = f"--purifier {args.purifier}: unknown; take one of {known}"
     require(args.purifier in purify.PURIFIERS, why)
     devices = ["cuda", "cpu"] if torch.cuda.is_available() else ["cpu"]
-    device = args.device or devices[0]
+    args.device = args.device or devices[0]
+    require(args.device in devices, f"--device {args.device}: no such device here; take cpu")
     in_micro_world = args.data is None
     defaults = dict(
-        device=device,
-        dtype="bfloat16" if device == "cuda" else "float32",
+        dtype="bfloat16" if args.device == "cuda" else "float32",
         out=f"out/{args.purifier}{'-ood' if args.ood else ''}-{args.seed}",
         lam=4.0 if in_micro_world else 1.0,
         lr=1.5e-3 if args.student == "tiny" else 3e-4,
@@ -235,7 +235,6 @@ def settle(args):
     for name, default in defaults.items():
         if getattr(args, name) is None:
             setattr(args, name, default)
-    require(device in devices, f"--device {device}: no such device here; take cpu")
     why = f"--dtype {args.dtype}: take float32 or bfloat16"
     require(args.dtype in ("float32", "bfloat16"), why)
 
@@ -358,9 +357,10 @@ def draw_visits(prompts, args, n_ranks=1):
     """
     size = args.batch_size * args.accumulate * n_ranks
     n_visits = args.steps * size
+    n = len(prompts)
     order = []
-    for epoch in range(math.ceil(n_visits / len(prompts))):
-        order += random.Random(f"{args.seed} {epoch}").sample(range(len(prompts)), len(prompts))
+    for epoch in range(math.ceil(n_visits / n)):
+        order += random.Random(f"{args.seed} {epoch}").sample(range(n), n)
     del order[n_visits:]
     visits = []
     for start in range(0, n_visits, 8 * size):
@@ -428,8 +428,8 @@ class Run:
         require(found == FORMAT, f"{config}: {why}")
         if self.args.resume:
             for name, value in settings.items():
-                was = before.get(name)
-                why = f"begun with --{name.replace('_', '-')} {was}, not {value}; give the same"
+                was = before.get(name, value)
+                why = f"begun with --{name.replace('_', '-')} {was}, not {value}; --resume takes the same"
                 require(was == value, f"{self.folder}: {why}")
             if self.checkpoint.exists() or self.result.exists():
                 return
@@ -447,7 +447,7 @@ class Run:
         SIGTERM, which end the process behind that step.
         """
         first = self.restore(student, optimizer, purifier)
-        signals = [0]  # and those that came
+        signals = [0]  # and then those that came
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, lambda number, frame: signals.append(number))
         n = self.args.steps
@@ -477,11 +477,15 @@ class Run:
     def log_loss(self, step, loss, **figures):
         """Log a step's losses and figures; show them every LOG_EVERY steps."""
         self.student_tokens += loss.tokens
-        figures["loss"] = loss.total
-        figures["answer"] = loss.answer.mean()
-        figures["rationale"] = loss.rationale.mean() if len(loss.rationale) else 0.0
-        figures["padding"] = 1 - loss.tokens / loss.padded
-        self.log(step, tokens=loss.tokens, **figures)
+        self.log(
+            step,
+            tokens=loss.tokens,
+            **figures,
+            loss=loss.total,
+            answer=loss.answer.mean(),
+            rationale=loss.rationale.mean() if len(loss.rationale) else 0.0,
+            padding=1 - loss.tokens / loss.padded,
+        )
         if (step + 1) % LOG_EVERY == 0:
             self.flush()
             valid = f", valid {self.valid['accuracy']['mean']:.3f}" if self.valid else ""
@@ -693,8 +697,8 @@ def print_result(result):
         print(f"  {'rationales given':<16} {result['purified_true']:.3f} of them true")
     print(f"  {'tokens':<16} teachers wrote {result['teacher_tokens']:,}, ", end="")
     print(f"student trained on {result['student_tokens']:,}")
-    if result["empty_rationales"]:
-        n = result["empty_rationales"]
+    n = result["empty_rationales"]
+    if n:
         print(f"  {'note':<16} {n:,} empty rationales, from which nothing was learnt")
     seconds = ", ".join(f"{stage} {value:.0f}" for stage, value in result["seconds"].items())
     print(f"  {'seconds':<16} {seconds}")
