@@ -55,7 +55,7 @@ ARGUMENTS = {
         ("well-read", flag, False, "a control: a micro world whose teachers have read everything"),
         ("data", str, None, "folder with train.jsonl, valid.jsonl, test.jsonl"),
         ("teachers", list, None, WHICH_TEACHERS),
-        ("student", str, "tiny", "checkpoint folder of a T5, or tiny: the micro world's, or a new one"),
+        ("student", str, "tiny", "checkpoint folder of an LM, or tiny: the micro world's, or a new T5"),
         ("encoder", str, None, "sentence encoder (default: a T5 teacher, else the student)"),
         ("scorer", str, None, "scores ready rationales (default: a T5 teacher, else the student)"),
         ("ood", flag, False, "train on the out-of-domain tasks; purifiers are fitted in domain"),
@@ -89,6 +89,7 @@ ARGUMENTS = {
         ("device", str, None, "cpu or cuda (default: cuda if there is one)"),
         ("dtype", str, None, "float32 or bfloat16 (default: bfloat16 on cuda)"),
         ("compile", flag, False, "torch.compile the student: a slow start, faster steps"),
+        ("recompute", flag, False, "recompute activations in the backward pass: less memory, a third slower"),
     ],
 }
 
@@ -151,15 +152,16 @@ def train(args):
     seconds = Stopwatch()
     with seconds("set up"):
         data, teachers, student, tokenizer, open_lm = open_parts(args, ranks)
-        run = Run(args, ranks)
-        if run.finished():
-            return run.read_result()
+        run = Run(args, ranks, seconds)
+        if run.result.exists():
+            return model.read_json(run.result) if ranks.rank == 0 else None
         questions, valid = training_questions(args, data)
         token_cache = kp.TokenCache(tokenizer)
         prefixes = kp.explain_prefixes(len(teachers) if args.teacher_prefixes else 0)
-        weights = args.lam, args.alpha, prefixes
         visits = draw_visits(token_cache.prompts(map(kp.ask, questions)), args, ranks.count)
-        optimizer = new_optimizer(student, args)
+        optimizer = torch.optim.AdamW(
+            student.parameters(), betas=(0.9, 0.98), weight_decay=args.weight_decay, fused=True
+        )
 
     # Fit the purifier. Most purifiers ask the teachers here, and only for what they need.
     with seconds("purify"):
@@ -168,46 +170,47 @@ def train(args):
         purifier.fit()
 
     # Train on the dual loss.
-    run.restore(student, optimizer, purifier, seconds)
-    net = ranks.wrap(student, args.compile)
-    for step in run.steps():
+    net = ranks.wrap(student, args)
+    for step in run.steps(student, optimizer, purifier):
         with seconds("purify"):
             rationales = purifier.rationales(step)  # B lists of one rationale; TinyLLM: of all M
         with seconds("train"):
-            rate = begin_step(args, step, student, optimizer)
-            batch = ranks.share([questions[row] for row in visits[step]])
+            batch = [questions[row] for row in ranks.share(visits[step])]
             own = ranks.share(rationales)
+            torch.manual_seed(args.seed * 1_000_003 + step)  # dropout: the same in a resumed run
+            student.train()
+            optimizer.param_groups[0]["lr"] = rate = learning_rate(step, args)
             losses = []
-            for part in parts_of(batch, args.accumulate):
+            for start in range(0, len(batch), args.batch_size):
+                part = slice(start, start + args.batch_size)
                 with torch.autocast(args.device, torch.bfloat16, enabled=args.dtype == "bfloat16"):
-                    loss = kp.dual_loss(net, token_cache, batch[part], own[part], *weights)
+                    loss = kp.dual_loss(
+                        net, token_cache, batch[part], own[part], args.lam, args.alpha, prefixes
+                    )
                 (loss.total / args.accumulate).backward()
                 losses.append(loss)
             norm = torch.nn.utils.clip_grad_norm_(student.parameters(), args.clip)
             optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            loss = ranks.gather(kp.join(losses), rationales)
+            optimizer.zero_grad()
+            loss = ranks.gather(kp.join(losses))
         with seconds("purify"):
             noted = purifier.feedback(step, loss)
         run.log_loss(step, loss, norm=norm, lr=rate, **noted)
         if run.evaluates(step):
             with seconds("evaluate"):
                 run.log(step, valid=measure(args, student, tokenizer, valid, prefixes))
-        if run.saves(step):
-            run.save(step + 1, student, optimizer, purifier, seconds)
 
-    # Evaluate, and write what the run leaves behind. All ranks ask teachers, rank 0 does the rest.
+    # Evaluate, and write what the run leaves behind.
     with seconds("evaluate"):
-        figures = purifier.figures()
-        if ranks.rank != 0:
-            return None
         run.log(args.steps, valid=measure(args, student, tokenizer, valid, prefixes))
-        figures |= measure_test(args, student, tokenizer, data, prefixes)
-    model.save(student, tokenizer, run.folder / "student")
-    return run.finish(purifier, figures, seconds)
+        figures = purifier.figures() | measure(args, student, tokenizer, data["test"], prefixes)
+        figures["ood"] = kp.accuracy(student, tokenizer, data.get("ood/test", []), args.per_token)
+    return run.finish(student, tokenizer, purifier, figures)
 
 
 # ---------------------------------------------------------------------------------------- the parts
+
+STUDENTS = ("t5", "llama", "mistral", "qwen2", "qwen3")  # model_types that can learn
 
 
 def settle(args):
@@ -215,12 +218,12 @@ def settle(args):
     known = ", ".join(purify.PURIFIERS)
     why = f"--purifier {args.purifier}: unknown; take one of {known}"
     require(args.purifier in purify.PURIFIERS, why)
-    has_cuda = torch.cuda.is_available()
-    why = f"--device {args.device}: no such device here; take cpu"
-    require(args.device in (None, "cpu") or args.device == "cuda" and has_cuda, why)
+    devices = ["cuda", "cpu"] if torch.cuda.is_available() else ["cpu"]
+    args.device = args.device or devices[0]
+    require(args.device in devices, f"--device {args.device}: no such device here; take cpu")
     in_micro_world = args.data is None
     defaults = dict(
-        device="cuda" if has_cuda else "cpu",
+        dtype="bfloat16" if args.device == "cuda" else "float32",
         out=f"out/{args.purifier}{'-ood' if args.ood else ''}-{args.seed}",
         lam=4.0 if in_micro_world else 1.0,
         lr=1.5e-3 if args.student == "tiny" else 3e-4,
@@ -233,9 +236,7 @@ def settle(args):
         if getattr(args, name) is None:
             setattr(args, name, default)
     why = f"--dtype {args.dtype}: take float32 or bfloat16"
-    require(args.dtype in (None, "float32", "bfloat16"), why)
-    if args.dtype is None:
-        args.dtype = "bfloat16" if args.device == "cuda" else "float32"
+    require(args.dtype in ("float32", "bfloat16"), why)
 
 
 def open_parts(args, ranks):
@@ -243,17 +244,19 @@ def open_parts(args, ranks):
     tokenizer, and open_lm.
 
     open_lm(path) loads that checkpoint, or without a path the T5 at hand: the micro world's, the
-    first T5 teacher, or else the student as it starts.
+    first T5 teacher, or else the student as it starts. Raise BadInput where there is none.
     """
     with ranks.first_alone():  # rank 0 makes the micro world, the others find it there
         folder = Path(args.data) if args.data else prepare.prepare(args.world, args.well_read)
     data = read_data(folder)
-    for split in ("train", "test"):
-        require(not args.ood or f"ood/{split}" in data, f"--ood: {folder} has no ood/{split}.jsonl")
+    require(not args.ood or "ood/train" in data, f"--ood: {folder} has no ood/train.jsonl")
 
     def open_lm(path):
         if path or t5s:
             return model.load(path or t5s[0], args.device)
+        why = f"--student {args.student}: no T5, and there is no T5 teacher in its place"
+        is_t5 = student.config["model_type"] == "t5"
+        require(is_t5, f"{why}; give --encoder DIR (to score: --scorer, to aggregate: --aggregator)")
         return copy.deepcopy(student).eval(), tokenizer
 
     teachers = open_teachers(args, folder, data, kp.Judge(lambda: open_lm(args.scorer)), ranks)
@@ -261,8 +264,7 @@ def open_parts(args, ranks):
         t5s = [teacher.folder for teacher in teachers.teachers if teacher.kind == "t5"]
     else:
         t5s = [folder / "teachers" / "t5"]
-    own = folder / "student" if args.student == "tiny" and not args.data else args.student
-    student, tokenizer = load_student(own, args, t5s, data["train"])
+    student, tokenizer = load_student(args, folder, data["train"])
     if args.encoder:
         encoder, _ = open_lm(args.encoder)
         why = f"--encoder {args.encoder}: not an encoder; take a Bert or a T5"
@@ -270,20 +272,15 @@ def open_parts(args, ranks):
     return data, teachers, student, tokenizer, open_lm
 
 
-def open_teachers(args, folder, data, judge, ranks=kp.ONE_PROCESS):
+def open_teachers(args, folder, data, judge, ranks):
     """Return kp.Teachers: those that --teachers names, the micro world's, or the data set's own
     rationales/*.jsonl.
     """
     if args.data:
-        paths = [Path(path) for path in args.teachers or sorted(folder.glob("rationales/*.jsonl"))]
+        paths = args.teachers or sorted(folder.glob("rationales/*.jsonl"))
         require(paths, f"{folder}: no teachers in rationales/*.jsonl; give --teachers DIR ...")
     else:
-        names = args.teachers or prepare.TEACHERS
-        for name in names:
-            known = ", ".join(prepare.TEACHERS)
-            why = f"--teachers {name}: the micro world's are {known}; others need --data"
-            require(name in prepare.TEACHERS, why)
-        paths = [folder / "teachers" / name for name in names]
+        paths = [folder / "teachers" / name for name in args.teachers or prepare.TEACHERS]
     n = len(paths)
     require(args.teacher < n, f"--teacher {args.teacher}: there are {n} teachers, numbered from 0")
     asking = kp.Asking(
@@ -296,9 +293,9 @@ def open_teachers(args, folder, data, judge, ranks=kp.ONE_PROCESS):
         batch_tokens=args.batch_tokens,
         seed=args.seed,
     )
-    needed = ("train", "ood/train") if args.ood else ("train",)
+    needed = ["train", "ood/train"] if args.ood else ["train"]
     teachers = []
-    for path in paths:
+    for path in map(Path, paths):
         if path.suffix == ".jsonl":
             texts, scores = read_rationales(path, data, needed, args.max_new_tokens)
             teachers.append(kp.TextTeacher(path.stem, texts, scores, judge))
@@ -307,24 +304,20 @@ def open_teachers(args, folder, data, judge, ranks=kp.ONE_PROCESS):
     return kp.Teachers(teachers)
 
 
-def load_student(path, args, t5s, questions):
-    """Return (T5, tokenizer): a checkpoint, or for the path "tiny" a new small T5 with the
-    tokenizer of the first of t5s or of the questions.
+def load_student(args, folder, questions):
+    """Return (student, tokenizer): a checkpoint, the micro world's, or for --data and "tiny" a new
+    small T5 with a tokenizer made of the questions.
     """
-    if path != "tiny":
-        student, tokenizer = model.load(path, args.device, torch.float32)
-        kind = student.config["model_type"]
-        require(kind == "t5", f"--student {args.student}: a student is a T5; this is a {kind}")
-        return student, tokenizer
-    config = {}
-    if t5s:
-        config = model.read_config(t5s[0])
-        tokenizer = model.load_tokenizer(t5s[0] / "tokenizer.json", config["vocab_size"])
-    else:
+    if args.data and args.student == "tiny":
         tokenizer = train_tokenizer(questions)
-    torch.manual_seed(args.seed)
-    special = config.get("pad_token_id", 0), config.get("eos_token_id", 1)
-    return prepare.tiny_t5(tokenizer.get_vocab_size(), *special).to(args.device), tokenizer
+        torch.manual_seed(args.seed)
+        return prepare.tiny_t5(tokenizer.get_vocab_size()).to(args.device), tokenizer
+    path = folder / "student" if args.student == "tiny" else args.student
+    student, tokenizer = model.load(path, args.device, torch.float32)
+    kind = student.config["model_type"]
+    why = f"--student {path}: a {kind} cannot be a student; take one of {', '.join(STUDENTS)}"
+    require(kind in STUDENTS, why)
+    return student, tokenizer
 
 
 def training_questions(args, data):
@@ -355,63 +348,33 @@ def measure(args, student, tokenizer, questions, prefixes):
     return {"accuracy": kp.accuracy(student, tokenizer, questions, args.per_token), **best}
 
 
-def measure_test(args, student, tokenizer, data, prefixes):
-    """Return `measure` of test, and the accuracy out of domain as "ood"."""
-    shares = measure(args, student, tokenizer, data["test"], prefixes)
-    shares["ood"] = kp.accuracy(student, tokenizer, data.get("ood/test", []), args.per_token)
-    return shares
-
-
-def draw_visits(prompts, args, n_ranks=1, block=8):
+def draw_visits(prompts, args, n_ranks=1):
     """Return visits, where visits[step] are the rows of that step's batch. Each epoch visits
     every row once.
 
-    prompts: N lists of ids. Each `block` of batches is sorted by length: 5 % of the tokens are
-    padding instead of 19 %.
+    prompts: N lists of ids. Each 8 batches are sorted by length: 5 % of the tokens are padding
+    instead of 19 %.
     """
     size = args.batch_size * args.accumulate * n_ranks
     n_visits = args.steps * size
+    n = len(prompts)
     order = []
-    for epoch in range(math.ceil(n_visits / len(prompts))):
-        order += random.Random(f"{args.seed} {epoch}").sample(range(len(prompts)), len(prompts))
+    for epoch in range(math.ceil(n_visits / n)):
+        order += random.Random(f"{args.seed} {epoch}").sample(range(n), n)
+    del order[n_visits:]
     visits = []
-    for start in range(0, n_visits, block * size):
-        rows = order[start : min(start + block * size, n_visits)]
-        rows.sort(key=lambda row: len(prompts[row]))
+    for start in range(0, n_visits, 8 * size):
+        rows = sorted(order[start : start + 8 * size], key=lambda row: len(prompts[row]))
         batches = [rows[i : i + size] for i in range(0, len(rows), size)]
         visits += random.Random(f"{args.seed} {start}").sample(batches, len(batches))
     return visits
-
-
-def new_optimizer(student, args):
-    betas = 0.9, 0.98
-    decay = args.weight_decay
-    return torch.optim.AdamW(student.parameters(), args.lr, betas, weight_decay=decay, fused=True)
-
-
-def parts_of(batch, n):
-    """Return the n slices into which gradient accumulation cuts a batch."""
-    size = len(batch) // n
-    return [slice(start, start + size) for start in range(0, len(batch), size)]
-
-
-def begin_step(args, step, student, optimizer):
-    """Return the learning rate, after setting it. Dropout depends on seed and step alone, so a
-    resumed run repeats it.
-    """
-    student.train()
-    torch.manual_seed(args.seed * 1_000_003 + step)
-    rate = learning_rate(step, args)
-    for group in optimizer.param_groups:
-        group["lr"] = rate
-    return rate
 
 
 def learning_rate(step, args):
     """Return the rate of a step: linear warm-up to --lr, then cosine decay to zero."""
     if step < args.warmup:
         return args.lr * (step + 1) / args.warmup
-    progress = (step - args.warmup) / max(1, args.steps - args.warmup)
+    progress = (step - args.warmup) / (args.steps - args.warmup)
     return args.lr * 0.5 * (1 + math.cos(math.pi * progress))
 
 
@@ -428,24 +391,22 @@ class Run:
     Rank 0 alone writes. The other ranks read the checkpoint and follow the same steps.
     """
 
-    def __init__(self, args, ranks):
+    def __init__(self, args, ranks, seconds):
         self.args = args
         self.ranks = ranks
+        self.seconds = seconds
         self.folder = Path(args.out)
         self.checkpoint = self.folder / "checkpoint.safetensors"
         self.metrics = self.folder / "metrics.jsonl"
         self.result = self.folder / "result.json"
         self.router = self.folder / "router.safetensors"
-        self.first_step = 0
         self.student_tokens = 0
         self.pending = []  # lines of metrics.jsonl that are not written yet
-        self.signals = []  # SIGINT or SIGTERM, once they came
-        self.stopping = False
         self.valid = None
-        with ranks.first_alone():
-            if ranks.rank == 0:
-                self.lock()
-                self.begin()
+        if ranks.rank == 0:
+            self.lock()
+            self.begin()
+        ranks.wait()
 
     def lock(self):
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -461,105 +422,100 @@ class Run:
         config = self.folder / "config.json"
         settings = {"format": FORMAT, **vars(self.args)}
         del settings["resume"], settings["overwrite"]
-        before = model.read_json(config) if config.exists() else {}
-        found = before.get("format", FORMAT)
+        before = model.read_json(config) if config.exists() else settings
+        found = before.get("format")
         why = f"format {found!r}, this code writes {FORMAT}; give another --out"
         require(found == FORMAT, f"{config}: {why}")
-        if before and self.args.resume:
-            other = [name for name, value in settings.items() if before.get(name) != value]
-            other = ", --".join(other).replace("_", "-")
-            why = f"--resume with other arguments: --{other}; give the same"
-            require(not other, f"{self.folder}: {why}")
-            if self.checkpoint.exists() or self.finished():
+        if self.args.resume:
+            for name, value in settings.items():
+                was = before.get(name, value)
+                why = f"begun with --{name.replace('_', '-')} {was}, not {value}; --resume takes the same"
+                require(was == value, f"{self.folder}: {why}")
+            if self.checkpoint.exists() or self.result.exists():
                 return
-        elif before and not self.finished() and not self.args.overwrite:
+        elif config.exists() and not self.result.exists():
             why = "holds an unfinished run; go on with --resume or start anew with --overwrite"
-            raise BadInput(f"{self.folder}: {why}")
+            require(self.args.overwrite, f"{self.folder}: {why}")
         for file in (self.checkpoint, self.metrics, self.result, self.router):
             file.unlink(missing_ok=True)
         model.write_json(config, settings)
 
-    def read_result(self):
-        return model.read_json(self.result) if self.ranks.rank == 0 else None
-
-    def finished(self):
-        return self.result.exists()
-
     # Steps and signals
 
-    def steps(self):
-        """Yield the steps that are left. After Ctrl-C or SIGTERM, end the process behind a step
-        that was saved.
+    def steps(self, student, optimizer, purifier):
+        """Yield the steps that are left. Save where the run evaluates, and after Ctrl-C or
+        SIGTERM, which end the process behind that step.
         """
-        signals = self.signals
+        first = self.restore(student, optimizer, purifier)
+        signals = [0]  # and then those that came
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, lambda number, frame: signals.append(number))
-        steps = range(self.first_step, self.args.steps)
+        n = self.args.steps
         name = f"train {self.args.purifier}"
-        self.bar = tqdm(steps, name, initial=self.first_step, total=self.args.steps, unit="step")
+        self.bar = tqdm(range(first, n), name, initial=first, total=n, unit="step")
         for step in self.bar:
             yield step
-            if self.stopping:
+            stopping = max(self.ranks.collect(max(signals)))  # for all ranks the same
+            if stopping or self.evaluates(step):
+                self.save(step + 1, student, optimizer, purifier)
+            if stopping:
                 self.bar.close()
                 if self.ranks.rank == 0:
                     again = "go on with the same command and --resume"
                     print(f"stopped after step {step + 1} and saved; {again}", file=sys.stderr)
-                number = self.signals[0] if self.signals else signal.SIGTERM
-                sys.exit(128 + number)
+                sys.exit(128 + stopping)
         signal.signal(signal.SIGINT, signal.default_int_handler)  # the last evaluation may be stopped
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
     def evaluates(self, step):
-        """Tell whether rank 0 looks at valid after this step."""
+        """Tell whether to look at valid after this step, and to save."""
         step += 1
-        return self.ranks.rank == 0 and step % self.args.eval_every == 0 and step < self.args.steps
-
-    def saves(self, step):
-        """Tell whether to save after this step: where it evaluates, and before it stops."""
-        if self.ranks.count == 1:
-            self.stopping = bool(self.signals)
-        elif (step + 1) % LOG_EVERY == 0:  # all ranks stop behind the same step
-            self.stopping = self.ranks.any_of(self.signals)
-        return self.stopping or self.evaluates(step)
+        return step % self.args.eval_every == 0 and step < self.args.steps
 
     # The log
 
-    def log_loss(self, step, loss, **values):
-        """Keep a step's figures, and write them every LOG_EVERY steps."""
-        values["loss"] = loss.total.detach()
-        values["answer"] = loss.answer.mean()
-        values["rationale"] = loss.rationale.mean() if len(loss.rationale) else 0.0
-        values["padding"] = 1 - loss.tokens / loss.padded
-        self.log(step, tokens=loss.tokens, **values)
+    def log_loss(self, step, loss, **figures):
+        """Log a step's losses and figures; show them every LOG_EVERY steps."""
+        self.student_tokens += loss.tokens
+        self.log(
+            step,
+            tokens=loss.tokens,
+            **figures,
+            loss=loss.total,
+            answer=loss.answer.mean(),
+            rationale=loss.rationale.mean() if len(loss.rationale) else 0.0,
+            padding=1 - loss.tokens / loss.padded,
+        )
         if (step + 1) % LOG_EVERY == 0:
             self.flush()
             valid = f", valid {self.valid['accuracy']['mean']:.3f}" if self.valid else ""
             self.bar.set_postfix_str(f"loss {loss.total.item():.3f}{valid}")
 
-    def log(self, step, **values):
-        self.valid = values.get("valid", self.valid)
-        self.pending.append({"step": step, **values})
+    def log(self, step, **figures):
+        self.valid = figures.get("valid", self.valid)
+        self.pending.append({"step": step, **figures})
 
     def flush(self):
-        """Write the pending lines; this waits for the device. Raise BadInput where a loss is not
+        """Write the pending lines; this waits for the device. Raise BadInput where a figure is not
         finite.
         """
+        lines = []
         for line in self.pending:
-            for key, value in line.items():
-                if torch.is_tensor(value):
-                    line[key] = value.item()
-            finite = math.isfinite(line.get("loss", 0.0)) and math.isfinite(line.get("norm", 0.0))
-            place = f"{self.folder}: step {line['step']} of {self.args.purifier}"
-            require(finite, f"{place}: the loss or its gradient is not finite; lower --lr")
-            self.student_tokens += line.get("tokens", 0)
+            try:
+                text = json.dumps(line, default=torch.Tensor.item, allow_nan=False)
+            except ValueError:
+                place = f"{self.folder}: step {line['step']} of {self.args.purifier}"
+                why = "the loss or its gradient is not finite; lower --lr"
+                raise BadInput(f"{place}: {why}") from None
+            lines.append(text + "\n")
+        self.pending.clear()
         if self.ranks.rank == 0:
             with open(self.metrics, "a", encoding="utf-8") as file:
-                file.writelines(json.dumps(line) + "\n" for line in self.pending)
-        self.pending.clear()
+                file.writelines(lines)
 
     # The checkpoint
 
-    def save(self, step, student, optimizer, purifier, seconds):
+    def save(self, step, student, optimizer, purifier):
         """Write everything that training changes and nothing can recompute, in one file.
 
         Random draws need no state, because they depend on seed and step alone. Neither does the
@@ -572,42 +528,49 @@ class Run:
         tensors = model.state_of(student=student, optimizer=optimizer)
         for name, value in purifier.state().items():
             tensors[f"purifier.{name}"] = value
-        tensors = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
-        log_bytes = self.metrics.stat().st_size
-        counts = dict(student_tokens=self.student_tokens, log_bytes=log_bytes)
-        progress = dict(step=step, seconds=seconds, **counts)
+        progress = dict(
+            step=step,
+            student_tokens=self.student_tokens,
+            log_bytes=self.metrics.stat().st_size,
+            seconds=self.seconds,
+        )
         with model.atomic(self.checkpoint) as temporary:
             save_file(tensors, temporary, {"progress": json.dumps(progress)})
 
-    def restore(self, student, optimizer, purifier, seconds):
-        """Go back to the checkpoint, if there is one."""
+    def restore(self, student, optimizer, purifier):
+        """Go back to the checkpoint, if there is one. Return the first step that is left."""
         if not self.checkpoint.exists():
-            return
+            return 0
         tensors, metadata = model.read_tensors(self.checkpoint)
         progress = json.loads(metadata["progress"])
         model.restore_state(tensors, student=student, optimizer=optimizer)
         purifier.restore(model.part_of(tensors, "purifier"), progress["step"])
-        seconds.update(progress["seconds"])
-        self.first_step = progress["step"]
+        self.seconds.update(progress["seconds"])
         self.student_tokens = progress["student_tokens"]
         if self.ranks.rank == 0:
             os.truncate(self.metrics, progress["log_bytes"])  # what came later comes again
+        return progress["step"]
 
-    def finish(self, purifier, figures, seconds):
-        """Write purified.jsonl and result.json, delete the checkpoint. Return the result."""
+    # The end
+
+    def finish(self, student, tokenizer, purifier, figures):
+        """Write what the run leaves behind, and delete the checkpoint. Return the result."""
         self.flush()
+        if self.ranks.rank != 0:
+            return None
+        model.save(student, tokenizer, self.folder / "student")
         n_empty = 0
         true = []  # of the rationales whose truth is known, which are true
+        lines = []
+        for row in purifier.rows:
+            q = purifier.questions[row]
+            texts = purifier.given(row)
+            n_empty += texts.count("")
+            true += [text == q.truth for text in texts if q.truth]
+            line = dict(id=q.id, rationales=texts, probabilities=purifier.probabilities(row))
+            lines.append(json.dumps(line, ensure_ascii=False) + "\n")
         with model.atomic(self.folder / "purified.jsonl") as temporary:
-            with open(temporary, "w", encoding="utf-8") as file:
-                for row in purifier.rows:
-                    texts = purifier.given(row)
-                    n_empty += texts.count("")
-                    q = purifier.questions[row]
-                    true += [text == q.truth for text in texts if q.truth]
-                    line = dict(id=q.id, rationales=texts)
-                    line["probabilities"] = purifier.probabilities(row)
-                    file.write(json.dumps(line, ensure_ascii=False) + "\n")
+            temporary.write_text("".join(lines), encoding="utf-8")
         ledger = purifier.teachers.ledger + purifier.ledger
         result = dict(
             purifier=self.args.purifier,
@@ -621,12 +584,11 @@ class Run:
             ledger=ledger,
             student_tokens=self.student_tokens,
             empty_rationales=n_empty,
-            seconds={stage: round(value, 2) for stage, value in seconds.items()},
+            seconds={stage: round(value, 2) for stage, value in self.seconds.items()},
         )
         kept = purifier.kept()
         if kept:
-            about = dict(purifier=self.args.purifier, teachers=purifier.teachers.names)
-            about = {name: json.dumps(value) for name, value in about.items()}
+            about = {name: json.dumps(result[name]) for name in ("purifier", "teachers")}
             with model.atomic(self.router) as temporary:
                 save_file(kept, temporary, about)
         model.write_json(self.result, result)
@@ -651,19 +613,16 @@ class Ranks:
     """The processes that torchrun starts, one a GPU (nccl), or on CPUs (gloo). Without torchrun
     it is this one alone.
 
-    The whole batch has B rows, of which rank r trains on rows r, r + count, r + 2 count, ...
+    The whole batch has B rows, of which rank 0 trains on the first B / count, and so on.
     """
 
     def __init__(self, device):
-        self.rank = 0
-        self.count = 1
-        if "RANK" in os.environ:
+        self.rank = int(os.environ.get("RANK", 0))
+        self.count = int(os.environ.get("WORLD_SIZE", 1))
+        if self.count > 1 and not dist.is_initialized():
             if device == "cuda":
                 torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-            if not dist.is_initialized():
-                dist.init_process_group("nccl" if device == "cuda" else "gloo")
-            self.rank = dist.get_rank()
-            self.count = dist.get_world_size()
+            dist.init_process_group("nccl" if device == "cuda" else "gloo")
 
     def wait(self):
         """Wait for all ranks."""
@@ -681,42 +640,35 @@ class Ranks:
 
     def share(self, rows):
         """Return this rank's rows of the whole batch."""
-        return rows[self.rank :: self.count]
+        size = len(rows) // self.count
+        return rows[self.rank * size :][:size]
 
-    def wrap(self, student, compiles):
+    def wrap(self, student, args):
         """Return the student as the loss calls it: with gradients averaged over ranks, and
-        perhaps compiled.
+        compiled or recomputing where --compile or --recompute say so.
         """
+        student.recompute = args.recompute  # which the model reads
         net = student
         if self.count > 1:
             net = torch.nn.parallel.DistributedDataParallel(student)
             net.config = student.config
-        return torch.compile(net, dynamic=True) if compiles else net
+        return torch.compile(net, dynamic=True) if args.compile else net
 
-    def any_of(self, flag):
-        """Tell whether the flag is set on any rank."""
-        flags = [None] * self.count
-        dist.all_gather_object(flags, bool(flag))
-        return any(flags)
+    def collect(self, value):
+        """Return the value that each rank has."""
+        values = [value]
+        if self.count > 1:
+            values = [None] * self.count
+            dist.all_gather_object(values, value)
+        return values
 
-    def gather(self, loss, rationales):
-        """Return the kp.DualLoss of the whole batch, in its order; rationales are the whole
-        batch's texts.
-        """
+    def gather(self, loss):
+        """Return the kp.DualLoss of the whole batch, in its order."""
         if self.count == 1:
             return loss
-        parts = [None] * self.count
-        on_cpu = dict(answer=loss.answer.cpu(), rationale=loss.rationale.cpu())
-        own = loss._replace(total=loss.total.item(), **on_cpu)
-        dist.all_gather_object(parts, tuple(own))
-        totals, answers, explained, tokens, padded = zip(*parts)
-        explained = [iter(losses) for losses in explained]  # each rank's, in the order of its rows
-        rationale = []
-        for row, texts in enumerate(rationales):
-            rationale += [next(explained[row % self.count]) for _ in texts]
-        answer = torch.stack(answers, 1).flatten()  # row i is of rank i % count
-        total = torch.tensor(totals).mean()
-        return kp.DualLoss(total, answer, torch.tensor(rationale), sum(tokens), sum(padded))
+        total, answer, rationale, tokens, padded = loss
+        own = kp.DualLoss(total.cpu(), answer.cpu(), rationale.cpu(), tokens, padded)
+        return kp.join(self.collect(own))
 
 
 # -------------------------------------------------------------------------------- the closing table
@@ -745,8 +697,8 @@ def print_result(result):
         print(f"  {'rationales given':<16} {result['purified_true']:.3f} of them true")
     print(f"  {'tokens':<16} teachers wrote {result['teacher_tokens']:,}, ", end="")
     print(f"student trained on {result['student_tokens']:,}")
-    if result["empty_rationales"]:
-        n = result["empty_rationales"]
+    n = result["empty_rationales"]
+    if n:
         print(f"  {'note':<16} {n:,} empty rationales, from which nothing was learnt")
     seconds = ", ".join(f"{stage} {value:.0f}" for stage, value in result["seconds"].items())
     print(f"  {'seconds':<16} {seconds}")

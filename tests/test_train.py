@@ -130,6 +130,13 @@ def test_a_student_may_be_a_checkpoint(world, teacher_folders, tmp_path):
     assert all(torch.equal(p, q) for p, q in zip(before.parameters(), after.parameters()))
 
 
+@pytest.mark.parametrize("arguments, recomputes", [([], False), (["--recompute"], True)])
+def test_the_student_is_told_to_recompute(teacher_folders, arguments, recomputes):
+    student, _ = model.load(teacher_folders[0])
+    assert train.Ranks("cpu").wrap(student, train.parse_args(arguments)) is student
+    assert student.recompute is recomputes
+
+
 def test_the_readme_s_sixth_purifier_works(world, teacher_folders, tmp_path, monkeypatch):
     monkeypatch.setattr(purify, "PURIFIERS", dict(purify.PURIFIERS))
     code = (ROOT / "README.md").read_text().split("```python\n")[1].split("```")[0]
@@ -333,17 +340,16 @@ import train
 
 ranks = train.Ranks("cpu")
 for counts in ((2, 0, 3, 1, 1, 0), (1, 0, 1, 0), (0, 0), (4, 4, 4, 4)):
-    rationales = [[f"{{row}} {{m}}" for m in range(n)] for row, n in enumerate(counts)]
     rows = list(range(len(counts)))
     own = ranks.share(rows)
     answer = torch.tensor([100.0 + row for row in own])
     rationale = torch.tensor([10.0 * row + m for row in own for m in range(counts[row])])
     loss = kp.DualLoss(torch.tensor(2.0 * ranks.rank), answer, rationale, 5 + ranks.rank, 7)
-    whole = ranks.gather(loss, rationales)
+    whole = ranks.gather(loss)
     assert whole.answer.tolist() == [100.0 + row for row in rows], whole
     assert whole.rationale.tolist() == [10.0 * row + m for row in rows for m in range(counts[row])], whole
     assert (whole.total.item(), whole.tokens, whole.padded) == (1.0, 11, 14), whole
-assert ranks.any_of(ranks.rank == 1) and not ranks.any_of(False)
+assert any(ranks.collect(ranks.rank == 1)) and not any(ranks.collect(False))
 print("gathered in order", flush=True)
 train.main(train.parse_args(sys.argv[1:]))
 """
@@ -537,6 +543,35 @@ def test_a_bad_encoder_is_named_before_anything_is_written(world, teacher_folder
     with pytest.raises(model.BadInput, match="encoder|no such folder"):
         run(world, teacher_folders, tmp_path, "--encoder", str(given))
     assert not (tmp_path / "run").exists()
+
+
+def test_a_bert_cannot_be_a_student(world, teacher_folders, tmp_path):
+    _, tokenizer = model.load(teacher_folders[0])
+    sizes = dict(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32)
+    sizes["vocab_size"] = tokenizer.get_vocab_size()
+    model.save(model.Bert(sizes), tokenizer, tmp_path / "bert")
+    with pytest.raises(model.BadInput, match="a bert cannot be a student; take one of t5, llama"):
+        run(world, teacher_folders, tmp_path, "--student", str(tmp_path / "bert"))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_decoder_only_student_needs_an_encoder_beside_it(world, teacher_folders, tmp_path):
+    """A T5 teacher is one; without it the line says what to give."""
+
+    def open_lm(teachers):
+        arguments = [*on(world, teachers), "--student", str(teacher_folders[1])]
+        args = train.parse_args([*arguments, "--cache", str(tmp_path / "cache")])
+        train.settle(args)
+        *_, student, _, open_lm = train.open_parts(args, train.Ranks("cpu"))
+        assert student.config["model_type"] == "llama"
+        return open_lm
+
+    assert hasattr(open_lm(teacher_folders)(None)[0], "encode")
+    without_t5 = open_lm(teacher_folders[1:])
+    with pytest.raises(model.BadInput, match="give --encoder") as error:
+        without_t5(None)
+    assert "\n" not in str(error.value)
+    assert hasattr(without_t5(teacher_folders[0])[0], "encode")
 
 
 def test_eval_of_nothing_ends_with_one_line(tmp_path):
