@@ -719,6 +719,9 @@ class PlackettLuceRouter:
             won_m = sum of w_i over the choices that m won
             stood_m = sum of w_i / (sum of xi_j over all j in the choice), over the choices m was in
 
+    All choices from the same set of teachers share that denominator, so their weights are added
+    once, before the steps. M teachers make at most 2^M - 1 sets, however many questions there are.
+
     Ties (Breslow 1974): each of g tied teachers is chosen from all that are not above the group.
     The lowest group counts as g - 1 choices, (g - 1) / g for each teacher. So for M = 2 a tie is
     half a win for each: xi_1 / xi_2 = (wins + ties / 2) / (losses + ties / 2).
@@ -736,105 +739,75 @@ class PlackettLuceRouter:
 
     tau: float | None = None  # None: fit chooses one of `taus`
     prior: float = 0.01
-    neighbours: int = 512  # if more rankings than this occur, use this many questions, the nearest
-    steps: int = 100  # MM steps, at most
+    steps: int = 100  # MM steps
     sample: int = 512  # how many training questions choose tau
     seed: int = 0
 
     taus = (100.0, 0.4, 0.2, 0.12, 0.08, 0.06, 0.04, 0.03, 0.02, 0.01)
 
     def fit(self, embeddings, scores):
-        """Keep the training questions with their rankings, then choose the tau of `route`."""
+        """Keep the training questions with their choices, then choose the tau of `route`.
+
+        Example: the scores (0.5, 0.9, 0.5) of one question, whose teachers 0 and 2 tie.
+
+            stands = [[1, 0, 1], [1, 1, 1], [1, 0, 1]]  who stands in the choice that m wins
+            sets   = [[1, 0, 1], [1, 1, 1]]             the different ones
+            won    = [1/2, 1, 1/2]                      half of one choice from two, one from three
+            held   = [1, 1]                             choices from each set
+        """
         self.standardize, q, scores = prepare(embeddings, scores)  # q (N, D), scores (N, M)
         self.q = F.normalize(q)  # (N, D)
         s = (scores * 1e6).round()  # differences below about 1e-6 are ties
-        above = (s[:, None, :] > s[:, :, None]).sum(2)  # (N, M), how many teachers are above m
-        # Keep each of the R rankings that occur once. For M = 4 there are 75 at most, with ties.
-        self.above, self.ranking = above.unique(dim=0, return_inverse=True)  # (R, M), (N,)
+        stands = s[:, None, :] <= s[:, :, None]  # (N, M, M): [i, m, j], j is not above m
+        size = stands.sum(2)  # (N, M)
+        lowest = s == s.amin(1, keepdim=True)
+        self.won = torch.where(lowest, (size - 1) / size, 1.0)  # (N, M)
+        sets, which = stands.flatten(0, 1).unique(dim=0, return_inverse=True)
+        self.sets = sets.float()  # (S, M)
+        none = torch.zeros(len(q), len(sets))
+        self.held = none.scatter_add(1, which.view_as(s), self.won)  # (N, S)
         self.tau_route = self.tau or self.choose_tau(scores)
         return self
 
     def route(self, embeddings):
         """Return P(m | q) (N, M) of embeddings (N, D)."""
-        xi = []
-        for q in self.split(F.normalize(self.standardize(embeddings))):
-            cos = q @ self.q.T  # (B, N)
-            xi.append(self.worths(*self.weigh(cos, self.tau_route)))
+        q = F.normalize(self.standardize(embeddings))
+        xi = [self.worths(part @ self.q.T, self.tau_route) for part in q.split(256)]
         return torch.cat(xi)
 
-    def weigh(self, cos, tau):
-        """Return weights (B, K) with sum 1, and their rankings (B, K), from cos(q, q_i) (B, N)."""
-        weights = (cos / tau).softmax(1)  # (B, N), w_i
-        R = len(self.above)
-        if R <= self.neighbours:  # K = R: questions with the same ranking add their weights
-            weights = torch.zeros(len(cos), R).index_add_(1, self.ranking, weights)
-            return weights, torch.arange(R).expand_as(weights)
-        weights, nearest = weights.topk(self.neighbours)  # K = neighbours
-        return sum_to_one(weights), self.ranking[nearest]
+    def worths(self, cos, tau):
+        """Return xi (B, M) from cos(q, q_i) (B, N).
 
-    def worths(self, weights, ranking, tol=1e-5):
-        """Return xi (B, M) from weights and rankings (B, K), found until no worth moves by tol.
+        The example in `fit`, with weight 1 and no prior, one step from xi = (0.2, 0.5, 0.3):
 
-        A ranking has M places, the best teacher at place 0. Example: three teachers with the scores
-        (0.5, 0.9, 0.5), weight 1, no prior, and one step from xi = (0.2, 0.5, 0.3).
-
-            by teacher  above   = [1, 0, 1]      teacher 1 is above the others, which tie
-            by place    order   = [1, 0, 2]      the teacher at the place
-                        start   = [0, 1, 1]      first place of its tie group (`above`, sorted)
-                        end     = [0, 2, 2]      last place of its tie group
-                        choices = [1, 1/2, 1/2]  won: one choice from three, half of one from two
-                        rivals  = [1, 0.5, 0.5]  sum of xi from `start` to the last place
-                        stood   = [1, 3, 3]      choices / rivals = [1, 1, 1], summed up to `end`
-            by teacher  won     = [1/2, 1, 1/2]
-                        stood   = [3, 1, 3]
-                        xi      = [1/8, 6/8, 1/8], which is won / stood = [1/6, 1, 1/6] with sum 1
+            rivals = [0.5, 1.0]       sum of xi over each set
+            stood  = [3, 1, 3]        1 / 0.5 + 1 / 1.0 for teachers 0 and 2, who are in both sets
+            xi     = [1/8, 6/8, 1/8]  won / stood = [1/6, 1, 1/6], scaled to sum 1
         """
-        M = self.above.shape[1]
-        start, order = self.above[ranking].sort(stable=True)  # (B, K, M)
-        end = torch.searchsorted(start, start, right=True) - 1
-        tied = end - start + 1  # g
-        # The lowest group makes g - 1 choices, all others g.
-        share = torch.where(end == M - 1, (tied - 1) / tied, 1.0)
-        choices = weights[:, :, None] * share
-        order = order.flatten(1)  # (B, K * M)
-
-        def by_teacher(x):  # (B, K, M) by place -> (B, M), summed over the rankings
-            return torch.zeros(len(x), M).scatter_add_(1, order, x.flatten(1))
-
-        won = by_teacher(choices) + self.prior / M
-        first = by_teacher(choices * (start == 0)) + self.prior / M
-        xi = sum_to_one(first)  # start from the share of first places
+        weights = (cos / tau).softmax(1)  # (B, N), w_i
+        won = weights @ self.won + self.prior / self.won.shape[1]  # (B, M)
+        held = weights @ self.held  # (B, S)
+        xi = sum_to_one(won)
         for _ in range(self.steps):
-            before = xi
-            x = xi.gather(1, order).view_as(choices)  # (B, K, M)
-            rivals = x.flip(2).cumsum(2).flip(2).gather(2, start)
-            stood = (choices / rivals).cumsum(2).gather(2, end)
-            stood = by_teacher(stood) + self.prior  # (B, M)
+            rivals = xi @ self.sets.T  # (B, S)
+            stood = (held / rivals) @ self.sets + self.prior  # (B, M)
             xi = sum_to_one(won / stood)
-            if (xi - before).abs().max() < tol:
-                break
         return xi
 
     def choose_tau(self, scores):
         """Return the tau whose picks score highest on training questions, each left out in turn."""
         generator = torch.Generator().manual_seed(self.seed)
-        sample = torch.randperm(len(self.q), generator=generator)[: self.sample]
-        value = dict.fromkeys(self.taus, 0.0)
-        for rows in self.split(sample):
-            cos = self.q[rows] @ self.q.T  # (B, N)
-            cos[cos > 1 - 1e-5] = -1e6  # leave out the question itself and its duplicates
-            for tau in self.taus:
-                xi = self.worths(*self.weigh(cos, tau))  # (B, M)
-                teacher = xi.argmax(1, keepdim=True)  # (B, 1)
-                picked = scores[rows].gather(1, teacher).sum()
-                expected = (xi * scores[rows]).sum()  # between equal picks, the sharper xi wins
-                value[tau] += picked + 0.05 * expected
-        return max(value, key=value.get)
+        sample = torch.randperm(len(scores), generator=generator)[: self.sample]
+        cos = self.q[sample] @ self.q.T  # (B, N)
+        cos[cos > 1 - 1e-5] = -1e6  # leave out the question itself and its duplicates
 
-    def split(self, rows):
-        """Split rows into parts of B, so that a (B, K, M) tensor of at most 2 MB stays cached."""
-        per_row = self.above[: self.neighbours].numel()  # K * M
-        return rows.split(max(1, min(256, 2**19 // per_row)))
+        def value(tau):
+            xi = self.worths(cos, tau)  # (B, M)
+            picked = scores[sample].gather(1, xi.argmax(1, keepdim=True)).sum()
+            expected = (xi * scores[sample]).sum()
+            return picked + 0.05 * expected  # between equal picks, the sharper xi wins
+
+        return max(self.taus, key=value)
 
 
 @dataclass
