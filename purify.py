@@ -417,59 +417,60 @@ class Reinforced(Purifier):
     ENTROPY = 0.01  # c
 
     def fit(self):
-        embeddings = self.embed([self.questions[row] for row in self.rows])  # (N, D)
-        self.states = dict(zip(self.rows, Standardize(embeddings)(embeddings)))
-        self.start_policy(embeddings.shape[1], len(self.teachers))
-        self.baseline = 0.0
+        states, n_outputs = self.describe([self.questions[row] for row in self.rows])
+        self.states = torch.empty(len(self.questions), *states.shape[1:])  # of a row never visited: any
+        self.states[self.rows] = states
+        generator = torch.Generator().manual_seed(self.args.seed)
+        self.policy = mlp(states.shape[-1], self.HIDDEN, torch.zeros(n_outputs), generator)
+        self.optimizer = torch.optim.Adam(self.policy.parameters(), self.LR)
+        self.baseline = torch.zeros((), dtype=torch.float64)
 
-        # What was drawn so far, one entry a visit: the teacher, log pi then, and the reward.
-        self.visited = list(chain.from_iterable(self.visits))
-        self.picks = torch.zeros(0, dtype=torch.long)
-        self.logp = torch.zeros(0)
-        self.rewards = torch.zeros(0)
-        self.written = []
+        # For each visit: the teacher drawn, log pi then, and the reward, (steps, B). All batches have
+        # one size.
+        self.visited = torch.tensor(self.visits)
+        self.picks = torch.zeros_like(self.visited)
+        self.logp = torch.zeros(self.visited.shape)
+        self.rewards = torch.zeros(self.visited.shape)
+        self.written = []  # [text] of each visit so far
         self.texts = {}
 
-    def start_policy(self, D, n_outputs):
-        """Make the MLP; all its outputs start at 0."""
-        generator = torch.Generator().manual_seed(self.args.seed)
-        self.policy = mlp(D, self.HIDDEN, torch.zeros(n_outputs), generator)
-        self.optimizer = torch.optim.Adam(self.policy.parameters(), self.LR)
+    def describe(self, questions):
+        """Return the states of questions, (N, D), and how many outputs the policy has of a state."""
+        q = self.embed(questions)
+        return Standardize(q)(q), len(self.teachers)
 
     def log_policy(self, rows):
         """Return log pi(m | q) of these rows, (B, M)."""
-        states = torch.stack([self.states[row] for row in rows])  # (B, D)
-        return self.policy(states).log_softmax(1)
-
-    def batch(self, step):
-        """Return the places of this step's visits among all visits. All batches have one size."""
-        B = len(self.visits[0])
-        return slice(step * B, (step + 1) * B)
+        return self.policy(self.states[rows]).log_softmax(1)
 
     def rationales(self, step):
-        if len(self.written) == self.batch(step).start:
-            end = self.batch(step + self.AHEAD).start
-            rows = self.visited[self.batch(step).start : end]
+        B = len(self.visits[step])
+        start = step * B
+        if start == len(self.written):
+            ahead = slice(step, step + self.AHEAD)
+            visited = self.visited[ahead]  # (AHEAD, B)
             generator = torch.Generator().manual_seed(self.args.seed * 1_000_003 + step)
             with torch.no_grad():
-                logp = self.log_policy(rows)  # (AHEAD * B, M)
+                logp = self.log_policy(visited.flatten())  # (AHEAD * B, M)
             picks = torch.multinomial(logp.exp(), 1, generator=generator)
-            self.take(picks[:, 0], logp.gather(1, picks)[:, 0])
-        return [[text] for text in self.written[self.batch(step)]]
+            self.picks[ahead] = picks.view_as(visited)
+            self.logp[ahead] = logp.gather(1, picks).view_as(visited)
+            self.write(ahead)
+        return self.written[start : start + B]
 
-    def take(self, picks, logp):
-        """Have the picked teachers write for the next visits."""
-        rows = self.visited[len(self.written) :][: len(picks)]
-        texts = self.teachers.rationales([self.questions[row] for row in rows], picks.tolist())
+    def write(self, steps):
+        """Have the picked teachers write for these steps, a slice."""
+        rows = self.visited[steps].flatten().tolist()
+        picks = self.picks[steps].flatten().tolist()
+        texts = self.teachers.rationales([self.questions[row] for row in rows], picks)
+        texts = [[text] for text in texts]
         self.written += texts
-        self.texts.update((row, [text]) for row, text in zip(rows, texts))
-        self.picks = torch.cat((self.picks, picks))
-        self.logp = torch.cat((self.logp, logp))
+        self.texts.update(zip(rows, texts))
 
     def reward(self, step, loss):
         """Return R of this step's draws, (B,)."""
         right = []
-        for row, text in zip(self.visits[step], self.written[self.batch(step)]):
+        for row, (text,) in zip(self.visits[step], self.rationales(step)):
             right.append(kp.is_right(text, self.questions[row]))
         l_dl = loss.rationale.float().cpu()  # (B,)
         deviation = l_dl.std(correction=0) + 1e-6
@@ -477,24 +478,23 @@ class Reinforced(Purifier):
         return torch.tensor(right).float() - self.BETA * z
 
     def feedback(self, step, loss):
-        reward = self.reward(step, loss)
-        self.rewards = torch.cat((self.rewards, reward))
+        self.rewards[step] = self.reward(step, loss)
+        mean = self.rewards[step].mean()
         entropy = self.learn(step)
         draw = random.Random(f"{self.args.seed} {step}")
         earlier = range(max(0, step - self.MEMORY), step)
         for before in draw.sample(earlier, min(self.REPLAYS, len(earlier))):
             self.learn(before)
-        self.baseline += 0.1 * (reward.mean().item() - self.baseline)
-        return dict(reward=reward.mean(), entropy=entropy)
+        self.baseline += 0.1 * (mean - self.baseline)
+        return dict(reward=mean, entropy=entropy)
 
     def learn(self, step):
         """Take one step of gradient ascent on the draws of one step of training. Return H(pi)."""
-        at = self.batch(step)
-        logp = self.log_policy(self.visited[at])  # (B, M)
+        logp = self.log_policy(self.visited[step])  # (B, M)
         entropy = -(logp.exp() * logp).sum(1).mean()
-        chosen = logp.gather(1, self.picks[at][:, None])[:, 0]  # (B,)
-        ratio = (chosen.detach() - self.logp[at]).exp().clamp(max=2)  # pi_now / pi_then
-        gain = (ratio * (self.rewards[at] - self.baseline) * chosen).mean()
+        chosen = logp.gather(1, self.picks[step][:, None])[:, 0]  # (B,)
+        ratio = (chosen.detach() - self.logp[step]).exp().clamp(max=2)  # pi_now / pi_then
+        gain = (ratio * (self.rewards[step] - self.baseline) * chosen).mean()
         self.optimizer.zero_grad()
         (-gain - self.ENTROPY * entropy).backward()
         self.optimizer.step()
@@ -509,21 +509,24 @@ class Reinforced(Purifier):
         """
         if self.args.data:
             return {}
-        questions = [self.questions[row] for row in self.visited]
+        questions = [self.questions[row] for row in chain.from_iterable(self.visits)]
         best = self.teachers.scores(questions, count=False).argmax(1)
-        agrees = (self.picks == best).float()
+        agrees = (self.picks.flatten() == best).float()
         return dict(agreement=[part.mean().item() for part in agrees.chunk(10)])
 
     def state(self):
-        tensors = model.state_of(policy=self.policy, optimizer=self.optimizer)
-        tensors["baseline"] = torch.tensor(self.baseline, dtype=torch.float64)
-        return {**tensors, "picks": self.picks, "logp": self.logp, "rewards": self.rewards}
+        drawn = dict(picks=self.picks, logp=self.logp, rewards=self.rewards)
+        learned = model.state_of(policy=self.policy, optimizer=self.optimizer)
+        return {**drawn, **learned, "baseline": self.baseline}
 
     def restore(self, state, step):
         model.restore_state(state, policy=self.policy, optimizer=self.optimizer)
-        self.baseline = state["baseline"].item()
+        self.baseline = state["baseline"]
+        self.picks = state["picks"]
+        self.logp = state["logp"]
         self.rewards = state["rewards"]
-        self.take(state["picks"], state["logp"])  # the teachers' answers are in the cache
+        for start in range(0, step, self.AHEAD):
+            self.write(slice(start, start + self.AHEAD))  # the teachers' answers are in the cache
 
 
 class ReinforcedAsPublished(Reinforced):
@@ -534,23 +537,18 @@ class ReinforcedAsPublished(Reinforced):
     1. Reward: R = -L_PR - L_DL, of the batch. All teachers write all rationales, for the state.
     """
 
-    def fit(self):
-        super().fit()
-        questions = [self.questions[row] for row in self.rows]
-        texts = self.teachers.all_rationales(questions)
-        alone = torch.stack([self.states[row] for row in self.rows])  # E(q), (N, D)
+    def describe(self, questions):
+        """Return the states of questions and teachers, (N, M, 2 D), and 1 output of each."""
+        alone, _ = super().describe(questions)  # E(q), (N, D)
         states = []
-        for m in range(len(self.teachers)):
-            own = [texts_of[m] for texts_of in texts]
-            right = torch.tensor(list(map(kp.is_right, own, questions))).float()  # (N,)
-            r = self.embed_texts(own) * right[:, None]  # (N, D)
+        for texts in zip(*self.teachers.all_rationales(questions)):  # one teacher's, N
+            right = torch.tensor(list(map(kp.is_right, texts, questions)))  # (N,)
+            r = self.embed_texts(texts) * right[:, None]  # (N, D)
             states.append(torch.cat((alone, r), 1))
-        self.states = dict(zip(self.rows, torch.stack(states, 1)))  # (M, 2 D) of each row
-        self.start_policy(2 * alone.shape[1], 1)
+        return torch.stack(states, 1), 1
 
     def log_policy(self, rows):
-        states = torch.stack([self.states[row] for row in rows])  # (B, M, 2 D)
-        chances = self.policy(states)[..., 0].sigmoid()  # (B, M)
+        chances = self.policy(self.states[rows])[..., 0].sigmoid()  # (B, M)
         return sum_to_one(chances).log()
 
     def reward(self, step, loss):

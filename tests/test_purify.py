@@ -461,7 +461,7 @@ def play(bandit, steps, seed=0):
     hits = []
     for step in range(steps):
         policy.rationales(step)
-        picks = policy.picks[policy.batch(step)]
+        picks = policy.picks[step]
         hits.append((picks == bandit.best[bandit.visits[step]]).float().mean().item())
         losses = torch.rand(len(bandit.visits[step]), generator=g)  # of the student: they say nothing
         policy.feedback(step, losses_on(losses))
@@ -485,7 +485,7 @@ def test_rl_s_step_is_the_gradient_of_the_expected_reward():
     row = bandit.visits[0][0]
     policy = bandit.policy()
     policy.visits = [[row]]
-    policy.visited = [row]
+    policy.visited = torch.tensor([[row]])
     torch.manual_seed(0)
     with torch.no_grad():
         policy.policy[2].weight.normal_(std=0.1)
@@ -501,9 +501,9 @@ def test_rl_s_step_is_the_gradient_of_the_expected_reward():
         logp = policy.log_policy([row])[0].detach()
         policy.optimizer = torch.optim.SGD(policy.policy.parameters(), 0.0)
         policy.baseline = 0.3
-        policy.picks = torch.tensor([m])
-        policy.logp = logp[[m]]
-        policy.rewards = right[[m]]
+        policy.picks = torch.tensor([[m]])
+        policy.logp = logp[m].view(1, 1)
+        policy.rewards = right[m].view(1, 1)
         policy.learn(0)
         expected += logp[m].exp() * gradients[-1]
     assert torch.allclose(expected, exact, atol=1e-6)
@@ -527,8 +527,8 @@ def test_rl_goes_on_from_its_state_as_if_it_had_not_stopped():
     assert torch.equal(again.rewards, whole.rewards)
     assert again.written == whole.written
     assert [again.given(row) for row in again.rows] == [whole.given(row) for row in whole.rows]
-    for name in ("picks", "logp", "rewards"):  # what grows is a number a visit
-        assert whole.state()[name].shape == (16 * 25,)
+    for name in ("picks", "logp", "rewards"):  # a number a visit
+        assert whole.state()[name].shape == (25, 16)
 
 
 # ---- aggregation and the classifier, in other formats than the micro world's
