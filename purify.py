@@ -12,6 +12,7 @@ import json
 import random
 from collections import Counter
 from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import chain
 from pathlib import Path
 
@@ -42,7 +43,6 @@ class Purifier:
         self.fit_on = fit_on  # what a purifier may be fitted on: the in-domain training questions
         self.teachers = teachers  # kp.Teachers
         self.open_lm = open_lm  # path or None -> (LM or sentence encoder, its tokenizer)
-        self.encoder = None  # the sentence encoder and its tokenizer, once something is embedded
         self.embeddings = {}  # {text: (D,)} so far
         self.ledger = Counter()  # tokens that this purifier spends, besides the teachers'
 
@@ -95,17 +95,20 @@ class Purifier:
         n = self.args.fit_questions or default or len(self.fit_on)
         return random.Random(self.args.seed).sample(self.fit_on, min(n, len(self.fit_on)))
 
+    @cached_property
+    def encoder(self):
+        """The sentence encoder, --encoder, and its tokenizer; opened when it is first needed."""
+        return self.open_lm(self.args.encoder)
+
     def embed(self, questions):
-        """Return E(q), (N, D) of unit length, by --encoder."""
+        """Return E(q), (N, D) of unit length."""
         return self.embed_texts(map(kp.ask, questions))
 
     def embed_texts(self, texts):
         """Return E(text), (N, D) of unit length. Each text is embedded once."""
         texts = list(texts)
         new = [text for text in dict.fromkeys(texts) if text not in self.embeddings]
-        if new:
-            self.encoder = self.encoder or self.open_lm(self.args.encoder)
-            self.embeddings.update(zip(new, model.embed(*self.encoder, new)))
+        self.embeddings.update(zip(new, model.embed(*self.encoder, new)))
         return torch.stack([self.embeddings[text] for text in texts])
 
 
@@ -164,8 +167,7 @@ class RandomTeacher(Choice):
 
     def choose(self, questions):
         generator = torch.Generator().manual_seed(self.args.seed)
-        M = len(self.teachers)
-        picks = torch.randint(M, (len(questions),), generator=generator)
+        picks = torch.randint(len(self.teachers), (len(questions),), generator=generator)
         return self.certain(picks)
 
 
@@ -233,9 +235,8 @@ class Routing(Choice):
             model.require(theirs == ours, f"{file}: {why}")
         own = model.part_of(tensors, "encoder")
         if own:
-            encoder, tokenizer = self.open_lm(self.args.encoder)
+            encoder, _ = self.encoder
             encoder.load_state_dict(own)
-            self.encoder = encoder, tokenizer
         probe = self.embed_texts([PROBE])
         theirs = tensors["probe"]
         same = probe.shape == theirs.shape and probe.allclose(theirs, atol=1e-3)
@@ -276,7 +277,7 @@ class ClassifierRouting(Routing):
         return ClassifierRouter(seed=self.args.seed)
 
     def tune(self, questions, scores):
-        encoder, tokenizer = self.encoder = self.open_lm(self.args.encoder)
+        encoder, tokenizer = self.encoder
         encoder.float()  # small updates are lost in bfloat16
         router = self.router().fit(self.embed(questions), scores)
         self.embeddings.clear()  # they are of the encoder before
@@ -290,8 +291,7 @@ class ClassifierRouting(Routing):
             rows = [draw.randrange(len(ids)) for _ in range(self.BATCH)]
             tokens, mask = model.pad([ids[row] for row in rows])
             q = model.pool(encoder, tokens.to(device), mask.to(device)).cpu()  # (B, D)
-            q = (q - router.standardize.mean.float()) / router.standardize.scale
-            loss = F.cross_entropy(router.head(q), targets[rows])
+            loss = F.cross_entropy(router.head(router.standardize(q)), targets[rows])
             loss.backward()
             optimizer.step()
             optimizer.zero_grad()
@@ -320,18 +320,17 @@ class Aggregation(Purifier):
     MAX_LENGTH = 2048  # tokens of question and rationales
 
     def purify(self, questions):
-        if not self.args.tune_aggregator:
-            aggregator, tokenizer = self.open_lm(self.args.aggregator)
-            texts = self.write(aggregator, tokenizer, questions)
-            return [[text] for text in texts]
-        fit = self.questions_to_fit_on(default=2000)
-        halves = [fit[0::2], fit[1::2]]
+        taught = [[]]  # one aggregator, which is taught nothing
+        if self.args.tune_aggregator:
+            fit = self.questions_to_fit_on(default=2000)
+            taught = [fit[0::2], fit[1::2]]
         purified = {}
-        for half in halves:
+        for half in taught:
             aggregator, tokenizer = self.open_lm(self.args.aggregator)
-            self.tune(aggregator, tokenizer, half)
-            taught = set(half)
-            todo = [q for q in questions if q not in taught and q not in purified]
+            if half:
+                self.tune(aggregator, tokenizer, half)
+            known = {*half, *purified}
+            todo = [q for q in questions if q not in known]
             purified.update(zip(todo, self.write(aggregator, tokenizer, todo)))
         return [[purified[q]] for q in questions]
 
@@ -365,8 +364,7 @@ class Aggregation(Purifier):
         for step in kp.progress(range(n_steps), "tune aggregator"):
             warm_up = (step + 1) / 50
             decay = 1 - step / n_steps
-            for group in optimizer.param_groups:
-                group["lr"] = self.LR * min(warm_up, decay)
+            optimizer.param_groups[0]["lr"] = self.LR * min(warm_up, decay)
             prompts = []
             targets = []
             for row in draw.choices(range(len(questions)), k=self.BATCH):
@@ -664,9 +662,7 @@ class SimilarityRouter:
             return -(probabilities * scores[rows]).sum(1).mean()
 
         parameters = [*self.project.parameters(), self.teachers]
-        val = fit_early_stopped(
-            parameters, loss, minus_expected_score, q, self.lr, self.batch, self.steps, generator
-        )
+        val = fit_early_stopped(self, parameters, loss, minus_expected_score, q, generator)
 
         cos = self.tau * self.logits(self.embed(q[val]))  # (N_val, M)
         target = best_teacher(scores[val])
@@ -855,7 +851,7 @@ class ClassifierRouter:
             return F.cross_entropy(self.head(q[rows]), target[rows])
 
         parameters = list(self.head.parameters())
-        fit_early_stopped(parameters, loss, loss, q, self.lr, self.batch, self.steps, generator)
+        fit_early_stopped(self, parameters, loss, loss, q, generator)
         return self
 
     @torch.no_grad()
@@ -868,8 +864,9 @@ class ClassifierRouter:
 
 
 @torch.no_grad()
-def fit_early_stopped(parameters, loss, validation_loss, q, lr, batch, steps, generator):
-    """Train parameters by AdamW on loss(rows), on minibatches of the rows of q (N, D).
+def fit_early_stopped(router, parameters, loss, validation_loss, q, generator):
+    """Train parameters by AdamW on loss(rows), on minibatches of the rows of q (N, D), with the
+    router's `lr`, `batch` and `steps`.
 
     15 % of the rows are kept for validation; up to 6 rows serve both purposes. Training ends when
     10 epochs in a row have not lowered validation_loss(rows) by 1e-4, or after the epoch in which
@@ -884,7 +881,7 @@ def fit_early_stopped(parameters, loss, validation_loss, q, lr, batch, steps, ge
     # A step of AdamW moves each weight by about lr. So it moves a coordinate of W q, a sum of D
     # terms of rms 1, by about lr * sqrt(D) if their signs are independent, and by lr * D at most, if
     # all agree. Make the former the same for every D.
-    lr = lr * (256 / q.shape[1]) ** 0.5
+    lr = router.lr * (256 / q.shape[1]) ** 0.5
     optimizer = torch.optim.AdamW(parameters, lr, weight_decay=0.01)
     lowest = torch.inf
     stale = 0  # epochs since the lowest loss
@@ -896,10 +893,10 @@ def fit_early_stopped(parameters, loss, validation_loss, q, lr, batch, steps, ge
             lowest = now
             best = [p.clone() for p in parameters]
             stale = 0
-        if stale == 10 or step >= steps:
+        if stale == 10 or step >= router.steps:
             break
         shuffled = train[torch.randperm(len(train), generator=generator)]
-        for rows in shuffled.split(batch):
+        for rows in shuffled.split(router.batch):
             optimizer.zero_grad()
             with torch.enable_grad():
                 loss(rows).backward()
@@ -921,18 +918,19 @@ def sum_to_one(x):
     return x / x.sum(1, keepdim=True)
 
 
+@torch.no_grad()
 def mlp(D, hidden, output, generator):
-    """Return a two-layer MLP of inputs (B, D) that starts at this output, whatever the input."""
-    first = torch.normal(0.0, D**-0.5, (hidden, D), generator=generator)
-    last = torch.zeros(len(output), hidden)
-    return nn.Sequential(linear(first, torch.zeros(hidden)), nn.GELU(), linear(last, output))
+    """Return a two-layer MLP of inputs (B, D) that starts at this output, whatever the input.
 
-
-def linear(weight, bias):
-    """Return the layer x -> x W^T + b. Unlike nn.Linear(...), this draws no random numbers."""
-    layer = skip_init(nn.Linear, *weight.T.shape)
-    layer.load_state_dict({"weight": weight, "bias": bias})
-    return layer
+    skip_init: nn.Linear(...) alone would draw from the global random numbers.
+    """
+    first = skip_init(nn.Linear, D, hidden)
+    first.weight.normal_(0, D**-0.5, generator=generator)
+    first.bias.zero_()
+    last = skip_init(nn.Linear, hidden, len(output))
+    last.weight.zero_()
+    last.bias.copy_(output)
+    return nn.Sequential(first, nn.GELU(), last)
 
 
 class Standardize:
@@ -944,34 +942,32 @@ class Standardize:
     """
 
     def __init__(self, embeddings):
-        embeddings = check_matrix(embeddings, "embeddings")
-        self.mean = embeddings.mean(0, dtype=torch.float64)  # (D,)
-        self.scale = 1.0  # until the rms is known
-        rms = self(embeddings).square().mean().sqrt()
-        noise = 1e-6 * self.mean.abs().max().item() + 1e-30  # what rms can be if all rows are equal
-        self.scale = rms.clamp(min=noise)
+        q = check_matrix(embeddings, "embeddings")
+        self.mean = q.mean(0, dtype=torch.float64).float()  # (D,)
+        noise = 1e-6 * self.mean.abs().max() + 1e-30  # what rms can be if all rows are equal
+        self.scale = (q - self.mean).square().mean().sqrt().clamp(min=noise)
 
     def __call__(self, embeddings):
-        embeddings = check_matrix(embeddings, "embeddings")
-        if embeddings.shape[1] != len(self.mean):
-            raise ValueError(f"embeddings have D = {embeddings.shape[1]}, fit had {len(self.mean)}")
-        centred = embeddings - self.mean.to(embeddings.dtype)
-        return centred.float() / self.scale
+        q = check_matrix(embeddings, "embeddings")
+        if q.shape[1] != len(self.mean):
+            raise ValueError(f"embeddings have D = {q.shape[1]}, fit had {len(self.mean)}")
+        return (q - self.mean) / self.scale
 
 
+@torch.no_grad()
 def prepare(embeddings, scores):
-    """Return a Standardize, its q (N, D) and scores (N, M) in float32, or raise ValueError."""
+    """Return a Standardize, its q (N, D) and scores (N, M), or raise ValueError."""
     standardize = Standardize(embeddings)
-    scores = check_matrix(scores, "scores").float()
-    if len(scores) != len(embeddings) or scores.shape[1] < 2:
-        raise ValueError(f"scores must be ({len(embeddings)}, M >= 2), got {tuple(scores.shape)}")
-    return standardize, standardize(embeddings), scores
+    q = standardize(embeddings)
+    scores = check_matrix(scores, "scores")
+    if len(scores) != len(q) or scores.shape[1] < 2:
+        raise ValueError(f"scores must be ({len(q)}, M >= 2), got {tuple(scores.shape)}")
+    return standardize, q, scores
 
 
 def check_matrix(x, name):
-    """Return x (N, D) as a float tensor on the CPU, or raise ValueError."""
-    x = torch.as_tensor(x).detach().cpu()
-    x = x.to(torch.promote_types(x.dtype, torch.float32))
+    """Return x (N, D) in float32 on the CPU, or raise ValueError."""
+    x = torch.as_tensor(x).float().cpu()
     if x.ndim != 2 or x.numel() == 0 or not x.isfinite().all():
         raise ValueError(f"{name} must be 2-D, not empty, all finite; got shape {tuple(x.shape)}")
     return x
