@@ -575,28 +575,75 @@ class SimilarityRouter:
         teacher_loss = sum over + of  -log(e^s_+ / (e^s_+ + sum over - of e^s_-))
             s_m = cos(f(q), k_m) / tau
             "+": the K best teachers of the question, "-": all others
-        question_loss = -log(e^s_+ / (e^s_+ + sum over - of e^s_-))
+        question_loss = mean over + of  -log(e^s_+ / (e^s_+ + sum over - of e^s_-))
             s_j = cos(f(q), f(q_j)) / tau
-            "+": a question of the same k-means cluster, "-": n_negatives questions of others
+            "+": the questions of the batch in the same k-means cluster, "-": all others
 
     Differences from the paper and its code: f is a two-layer MLP on a frozen encoder, instead of
     the encoder itself; k-means runs on the embeddings, without t-SNE; K = 1 and lam = 0.1 instead
     of 3 and 1 (better on held-out questions); tau = 0.1 instead of 1; "-" are all other teachers,
-    not only the 3 lowest of those that score at most 0.5; training stops when the expected score on
-    validation questions stops rising; and `route` uses the tau that suits these questions best
-    (temperature scaling, Guo et al. 2017), which leaves the argmax as it is.
+    not only the 3 lowest of those that score at most 0.5; question_loss takes the whole batch, not
+    one + and 3 - drawn from it; training stops when the expected score on validation questions
+    stops rising; and `route` uses the tau that suits these questions best (temperature scaling, Guo
+    et al. 2017), which leaves the argmax as it is.
     """
 
     tau: float = 0.1  # temperature of both losses
     top_k: int = 1  # K, how many teachers are positive
     lam: float = 0.1  # weight of question_loss
     n_clusters: int = 5
-    n_negatives: int = 3
     hidden: int = 256  # units of f
     lr: float = 6e-4  # where D = 256, see fit_early_stopped
     batch: int = 128
     steps: int = 1500  # minibatches, at most; the last epoch is finished
     seed: int = 0
+
+    def fit(self, embeddings, scores):
+        """Train f (`project`) and k (`teachers`), then choose the tau of `route`."""
+        generator = torch.Generator().manual_seed(self.seed)
+        self.standardize, q, scores = prepare(embeddings, scores)  # q (N, D), scores (N, M)
+        cluster = self.kmeans(q, generator)  # (N,)
+
+        # Start as the router that ignores q: f(q) = e_0, k_m = c_m e_0 + e_m, where c_m is the mean
+        # score of teacher m less that of all teachers. Then cos(f(q), k_m) rises with c_m.
+        # d = M + 1 dimensions are enough: of f(q), only the part in the span of k moves the argmax.
+        c = scores.mean(0) - scores.mean()  # (M,)
+        M = len(c)
+        self.teachers = nn.Parameter(torch.cat((c[:, None], torch.eye(M)), 1))  # k, (M, d)
+        self.project = mlp(q.shape[1], self.hidden, torch.eye(M + 1)[0], generator)
+
+        def loss(rows):
+            z = self.embed(q[rows])  # (B, d)
+            teacher_loss = self.teacher_loss(self.cos(z) / self.tau, scores[rows], self.top_k)
+            question_loss = self.question_loss(z @ z.T / self.tau, cluster[rows])
+            return (teacher_loss + self.lam * question_loss).mean()
+
+        def minus_expected_score(rows):
+            probabilities = (self.cos(self.embed(q[rows])) / self.tau).softmax(1)  # (B, M)
+            return -(probabilities * scores[rows]).sum(1).mean()
+
+        parameters = [*self.project.parameters(), self.teachers]
+        val = fit_early_stopped(self, parameters, loss, minus_expected_score, q, generator)
+
+        cos = self.cos(self.embed(q[val])).detach()  # (N_val, M)
+        target = best_teacher(scores[val])
+        taus = torch.logspace(-2, 2, 41).tolist()
+        self.tau_route = min(taus, key=lambda tau: F.cross_entropy(cos / tau, target))
+        return self
+
+    @torch.no_grad()
+    def route(self, embeddings):
+        """Return P(m | q) (N, M) of embeddings (N, D)."""
+        z = self.embed(self.standardize(embeddings))
+        return (self.cos(z) / self.tau_route).softmax(1)
+
+    def embed(self, q):
+        """Return z = f(q) at unit length (B, d), of q (B, D)."""
+        return F.normalize(self.project(q))
+
+    def cos(self, z):
+        """Return cos(z, k_m) (B, M), of z (B, d) at unit length."""
+        return z @ F.normalize(self.teachers).T
 
     @staticmethod
     def teacher_loss(logits, scores, top_k):
@@ -609,81 +656,17 @@ class SimilarityRouter:
         best = scores.sort(1, descending=True).values[:, :top_k]  # (B, K)
         lowest = scores.amin(1, keepdim=True)  # (B, 1)
         positive = (scores >= best[:, -1:]) & (scores > lowest)  # (B, M)
-        # n, the log of the sum over - of e^s_-. Then -log(e^s / (e^s + e^n)) = log(1 + e^(n - s)).
-        n = logits.masked_fill(positive, -torch.inf).logsumexp(1, keepdim=True)  # (B, 1)
-        loss = F.softplus(n - logits)  # (B, M)
-        return (loss * positive).sum(1)
+        return contrast(logits, positive, ~positive)
 
     @staticmethod
-    def question_loss(z, cluster, n_negatives, tau, generator):
-        """Return the mean loss of a batch from z = f(q) at unit length (B, d) and clusters (B,).
+    def question_loss(logits, cluster):
+        """Return the loss (B,) of each question from logits s_j (B, B) and clusters (B,).
 
-        The mean is over the questions with a positive and n_negatives negatives in the batch. If
-        there is no such question, it is 0.
+        It is the mean over its friends in the batch; 0 without a friend, or without a stranger.
         """
-        other = cluster[:, None] != cluster  # (B, B)
-        friend = (~other).fill_diagonal_(False)  # same cluster, but not the question itself
-        # To pick at random, pick the largest of random numbers.
-        rand = torch.rand(other.shape, generator=generator) + 1e-6
-        positive = (rand * friend).argmax(1, keepdim=True)  # (B, 1)
-        negatives = (rand * other).topk(min(n_negatives, len(z))).indices  # (B, n_negatives)
-        picked = torch.cat([positive, negatives], 1)  # (B, 1 + n_negatives)
-        usable = friend.any(1) & (other.sum(1) >= n_negatives)  # (B,)
-        logits = z @ z.T / tau  # (B, B)
-        logits = logits.gather(1, picked)[usable]
-        loss = -logits.log_softmax(1)[:, 0]
-        return loss.sum() / max(len(loss), 1)
-
-    def fit(self, embeddings, scores):
-        """Train f (`project`) and k (`teachers`), then choose the tau of `route`."""
-        generator = torch.Generator().manual_seed(self.seed)
-        self.standardize, q, scores = prepare(embeddings, scores)  # q (N, D), scores (N, M)
-        cluster = self.kmeans(q, generator)  # (N,)
-
-        # Start as the router that ignores q: f(q) = e_0, k_m = c_m e_0 + sqrt(1 - c_m^2) e_m.
-        # Then cos(f(q), k_m) = c_m, the mean score of teacher m less that of all teachers.
-        # d = M + 1 dimensions are enough: of f(q), only the part in the span of k moves the argmax.
-        c = (scores.mean(0) - scores.mean()).clamp(-0.9, 0.9)  # (M,)
-        d = len(c) + 1
-        k = torch.cat([c[:, None], (1 - c**2).sqrt().diag()], 1)  # (M, d)
-        self.teachers = nn.Parameter(k)
-        self.project = mlp(q.shape[1], self.hidden, torch.eye(d)[0], generator)
-
-        def loss(rows):
-            z = self.embed(q[rows])  # (B, d)
-            teacher_loss = self.teacher_loss(self.logits(z), scores[rows], self.top_k).mean()
-            question_loss = self.question_loss(
-                z, cluster[rows], self.n_negatives, self.tau, generator
-            )
-            return teacher_loss + self.lam * question_loss
-
-        def minus_expected_score(rows):
-            probabilities = self.logits(self.embed(q[rows])).softmax(1)  # (B, M)
-            return -(probabilities * scores[rows]).sum(1).mean()
-
-        parameters = [*self.project.parameters(), self.teachers]
-        val = fit_early_stopped(self, parameters, loss, minus_expected_score, q, generator)
-
-        cos = self.tau * self.logits(self.embed(q[val]))  # (N_val, M)
-        target = best_teacher(scores[val])
-        taus = torch.logspace(-2, 2, 41).tolist()
-        self.tau_route = min(taus, key=lambda tau: F.cross_entropy(cos / tau, target))
-        return self
-
-    @torch.no_grad()
-    def route(self, embeddings):
-        """Return P(m | q) (N, M) of embeddings (N, D)."""
-        z = self.embed(self.standardize(embeddings))
-        cos = self.tau * self.logits(z)
-        return (cos / self.tau_route).softmax(1)
-
-    def embed(self, q):
-        """Return f(q) at unit length (B, d), of q (B, D)."""
-        return F.normalize(self.project(q))
-
-    def logits(self, z):
-        """Return s_m = cos(z, k_m) / tau (B, M), of z (B, d) at unit length."""
-        return z @ F.normalize(self.teachers).T / self.tau
+        stranger = cluster[:, None] != cluster  # (B, B)
+        friend = (~stranger).fill_diagonal_(False)  # same cluster, but not the question itself
+        return contrast(logits, friend, stranger) / friend.sum(1).clamp(min=1)
 
     def kmeans(self, q, generator):
         """Return the cluster (N,) of each q (N, D), after ten rounds of k-means by cosine."""
@@ -694,6 +677,16 @@ class SimilarityRouter:
             members = F.one_hot(cluster, len(centres)).float()  # (N, n_clusters)
             centres = F.normalize(members.T @ q + 1e-6 * centres)  # an empty cluster stays
         return cluster
+
+
+def contrast(logits, positive, negative):
+    """Return the contrastive loss (B,) of logits s (B, K) and masks of + and - (B, K):
+
+    sum over + of  -log(e^s_+ / (e^s_+ + sum over - of e^s_-)),  0 without a + or a -
+    """
+    n = logits.masked_fill(~negative, -1e9).logsumexp(1, keepdim=True)  # e^n = sum of e^s_-
+    loss = F.softplus(n - logits)  # log(1 + e^(n - s)) = -log(e^s / (e^s + e^n))
+    return (loss * positive).sum(1)
 
 
 @dataclass

@@ -342,21 +342,29 @@ def test_teacher_loss_matches_plain_loops(top_k):
         assert loss == pytest.approx(want, abs=1e-5)
 
 
-def test_question_loss_matches_plain_loops():
-    # One friend each and exactly H strangers, so that the random draw has no choice.
-    z = F.normalize(torch.randn(4, 5, generator=seeded()), dim=1)
-    cluster = torch.tensor([0, 0, 1, 1])
-    tau = 0.4
-    got = SimilarityRouter.question_loss(z, cluster, 2, tau, seeded())
-    want = 0.0
-    for i, plus, minus in [(0, 1, [2, 3]), (1, 0, [2, 3]), (2, 3, [0, 1]), (3, 2, [0, 1])]:
-        e = {j: math.exp(float(z[i] @ z[j]) / tau) for j in [plus, *minus]}
-        want -= math.log(e[plus] / sum(e.values())) / 4
-    assert got.item() == pytest.approx(want, abs=1e-5)
-    no_friend = SimilarityRouter.question_loss(z, torch.arange(4), 2, tau, seeded())
-    no_stranger = SimilarityRouter.question_loss(z, torch.zeros(4), 2, tau, seeded())
-    assert no_friend.item() == 0
-    assert no_stranger.item() == 0
+@pytest.mark.parametrize("cluster", [[0, 0, 1, 1], [0, 0, 0, 1, 1, 2]])
+def test_question_loss_matches_plain_loops(cluster):
+    n = len(cluster)
+    z = F.normalize(torch.randn(n, 5, generator=seeded()), dim=1)
+    logits = z @ z.T / 0.4
+    got = SimilarityRouter.question_loss(logits, torch.tensor(cluster))
+    for i in range(n):
+        e = [math.exp(value) for value in logits[i].tolist()]
+        friends = [j for j in range(n) if cluster[j] == cluster[i] and j != i]
+        strangers = sum(e[j] for j in range(n) if cluster[j] != cluster[i])
+        want = 0.0
+        for j in friends:
+            want -= math.log(e[j] / (e[j] + strangers)) / len(friends)
+        assert got[i].item() == pytest.approx(want, abs=1e-5)
+
+
+@pytest.mark.parametrize("cluster", [torch.arange(4), torch.zeros(4)])
+def test_question_loss_without_a_friend_or_a_stranger_is_zero(cluster):
+    logits = torch.randn(4, 4, generator=seeded(), requires_grad=True)
+    loss = SimilarityRouter.question_loss(logits, cluster)
+    loss.sum().backward()
+    assert (loss == 0).all()
+    assert (logits.grad == 0).all()
 
 
 def test_question_loss_pulls_clusters_together():
@@ -372,7 +380,7 @@ def test_question_loss_pulls_clusters_together():
         cos = (unit @ unit.T).detach()
         gap.append((cos[same].mean() - cos[~same].mean()).item())
         opt.zero_grad()
-        SimilarityRouter.question_loss(unit, cluster, 3, 0.2, g).backward()
+        SimilarityRouter.question_loss(unit @ unit.T / 0.2, cluster).mean().backward()
         opt.step()
     assert gap[-1] > gap[0] + 0.5
 
