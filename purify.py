@@ -178,11 +178,10 @@ class TaskTeacher(Choice):
         fit = self.questions_to_fit_on()
         scores = self.teachers.scores(fit)  # (N, M)
         best = {}
-        for task in {q.task for q in fit}:
-            same = torch.tensor([q.task == task for q in fit])  # (N,)
-            best[task] = scores[same].mean(0).argmax()
-        overall = scores.mean(0).argmax()
-        return self.certain(torch.stack([best.get(q.task, overall) for q in questions]))
+        for task in {q.task for q in questions}:
+            rows = [row for row, q in enumerate(fit) if q.task == task]
+            best[task] = scores[rows or range(len(fit))].mean(0).argmax()
+        return self.certain(torch.stack([best[q.task] for q in questions]))
 
 
 class Oracle(Choice):
@@ -207,14 +206,13 @@ class Routing(Choice):
 
     def choose(self, questions):
         if self.args.router:
-            embeddings, scores = self.take_over(Path(self.args.router) / "router.safetensors")
+            self.fitted_on = self.take_over(Path(self.args.router) / "router.safetensors")
         else:
             fit = self.questions_to_fit_on()
-            scores = self.teachers.scores(fit)  # (N, M)
+            scores = self.teachers.scores(fit).contiguous()  # (N, M)
             self.tune(fit, scores)
-            embeddings = self.embed(fit)  # (N, D)
-        self.fitted_on = dict(embeddings=embeddings, scores=scores.contiguous())
-        router = self.router().fit(embeddings, scores)
+            self.fitted_on = dict(embeddings=self.embed(fit), scores=scores)
+        router = self.router().fit(**self.fitted_on)
         return router.route(self.embed(questions))
 
     def tune(self, questions, scores):
@@ -227,7 +225,7 @@ class Routing(Choice):
         return {**self.fitted_on, "probe": self.embed_texts([PROBE])}
 
     def take_over(self, file):
-        """Return the embeddings (N, D) and scores (N, M) that another run's router was fitted on."""
+        """Return what another run's router was fitted on."""
         tensors, metadata = model.read_tensors(file)
         for name, ours in (("purifier", self.args.purifier), ("teachers", self.teachers.names)):
             theirs = json.loads(metadata.get(name, "null"))
@@ -241,7 +239,7 @@ class Routing(Choice):
         theirs = tensors["probe"]
         same = probe.shape == theirs.shape and probe.allclose(theirs, atol=1e-3)
         model.require(same, f"{file}: fitted with another encoder; give that one as --encoder")
-        return tensors["embeddings"], tensors["scores"]
+        return dict(embeddings=tensors["embeddings"], scores=tensors["scores"])
 
 
 PROBE = "Which of these conducts electricity?"
@@ -356,6 +354,7 @@ class Aggregation(Purifier):
         """Train by cross-entropy to write the rationale of each question's best-scoring teacher."""
         said = self.teachers.all_rationales(questions)
         best = self.teachers.scores(questions).argmax(1).tolist()
+        lessons = list(zip(questions, said, best))
         token_cache = kp.TokenCache(tokenizer, self.MAX_LENGTH)
         aggregator.float().train()  # small updates are lost in bfloat16
         optimizer = torch.optim.AdamW(aggregator.parameters(), self.LR)
@@ -367,14 +366,12 @@ class Aggregation(Purifier):
             optimizer.param_groups[0]["lr"] = self.LR * min(warm_up, decay)
             prompts = []
             targets = []
-            for row in draw.choices(range(len(questions)), k=self.BATCH):
+            for q, texts, teacher in draw.choices(lessons, k=self.BATCH):
                 # The choices and teachers in a new order each time: their places mean nothing.
-                q = questions[row]
                 shuffled = draw.sample(q.choices, len(q.choices))
                 q = replace(q, choices=tuple(shuffled))
-                texts = draw.sample(said[row], len(said[row]))
-                prompts.append(kp.aggregation_prompt(q, texts))
-                targets.append(said[row][best[row]])
+                prompts.append(kp.aggregation_prompt(q, draw.sample(texts, len(texts))))
+                targets.append(texts[teacher])
             prompts = token_cache.prompts(prompts)
             loss = kp.sequence_losses(aggregator, prompts, token_cache.targets(targets)).mean()
             loss.backward()
@@ -416,16 +413,15 @@ class Reinforced(Purifier):
 
     def fit(self):
         states, n_outputs = self.describe([self.questions[row] for row in self.rows])
-        self.states = torch.empty(len(self.questions), *states.shape[1:])  # of a row never visited: any
-        self.states[self.rows] = states
+        self.states = torch.empty(len(self.questions), *states.shape[1:])
+        self.states[self.rows] = states  # no other row is ever looked up
         generator = torch.Generator().manual_seed(self.args.seed)
         self.policy = mlp(states.shape[-1], self.HIDDEN, torch.zeros(n_outputs), generator)
         self.optimizer = torch.optim.Adam(self.policy.parameters(), self.LR)
         self.baseline = torch.zeros((), dtype=torch.float64)
 
-        # For each visit: the teacher drawn, log pi then, and the reward, (steps, B). All batches have
-        # one size.
-        self.visited = torch.tensor(self.visits)
+        # Of each visit: the teacher drawn, log pi then, and the reward. All batches have one size.
+        self.visited = torch.tensor(self.visits)  # (steps, B)
         self.picks = torch.zeros_like(self.visited)
         self.logp = torch.zeros(self.visited.shape)
         self.rewards = torch.zeros(self.visited.shape)
@@ -555,17 +551,39 @@ class ReinforcedAsPublished(Reinforced):
 
 # ------------------------------------------------------------------------- the routers' mathematics
 
-# A router maps the embedding q of a question to a probability for each of M teachers. All have
-#     fit(embeddings (N, D), scores (N, M)) -> self, where scores[i, m] is the probability that
-#         teacher m gives to the right choice of question i (or 1 and 0, for right and wrong);
-#     route(embeddings (N, D)) -> probabilities (N, M), each row with sum 1.
-# Both take tensors or arrays and work on the CPU. They raise ValueError if shapes do not match, if
-# there are no rows or fewer than two teachers, and if a number is NaN or infinite. All random
-# numbers come from `seed`: the same data give the same router.
+
+class Router:
+    """Map the embedding q of a question to a probability for each of M teachers.
+
+    `fit` and `route` take tensors or arrays and work on the CPU. They raise ValueError if shapes do
+    not match, if there are no rows or fewer than two teachers, and if a number is NaN or infinite.
+    All random numbers come from `seed`: the same data give the same router. A subclass has `learn`
+    and `predict`, of standardised q.
+    """
+
+    @torch.no_grad()
+    def fit(self, embeddings, scores):
+        """Learn from embeddings (N, D) and scores (N, M). Return self.
+
+        scores[i, m] is the probability that teacher m gives to the right choice of question i (or 1
+        and 0, for right and wrong).
+        """
+        self.standardize = Standardize(embeddings)
+        scores = check_matrix(scores, "scores")
+        N = len(embeddings)
+        if len(scores) != N or scores.shape[1] < 2:
+            raise ValueError(f"scores must be ({N}, M >= 2), got {tuple(scores.shape)}")
+        self.learn(self.standardize(embeddings), scores)
+        return self
+
+    @torch.no_grad()
+    def route(self, embeddings):
+        """Return P(m | q) (N, M) of embeddings (N, D), each row with sum 1."""
+        return self.predict(self.standardize(embeddings))
 
 
 @dataclass
-class SimilarityRouter:
+class SimilarityRouter(Router):
     """Route by learned similarity: P(m | q) = softmax_m(cos(f(q), k_m) / tau).
 
     Teacher m has a vector k_m. RouterDC (Chen et al., NeurIPS 2024, arXiv 2409.19886) trains f and k
@@ -598,10 +616,9 @@ class SimilarityRouter:
     steps: int = 1500  # minibatches, at most; the last epoch is finished
     seed: int = 0
 
-    def fit(self, embeddings, scores):
-        """Train f (`project`) and k (`teachers`), then choose the tau of `route`."""
+    def learn(self, q, scores):
+        """Train f (`project`) and k (`teachers`), then choose the tau of `predict`."""
         generator = torch.Generator().manual_seed(self.seed)
-        self.standardize, q, scores = prepare(embeddings, scores)  # q (N, D), scores (N, M)
         cluster = self.kmeans(q, generator)  # (N,)
 
         # Start as the router that ignores q: f(q) = e_0, k_m = c_m e_0 + e_m, where c_m is the mean
@@ -619,23 +636,19 @@ class SimilarityRouter:
             return (teacher_loss + self.lam * question_loss).mean()
 
         def minus_expected_score(rows):
-            probabilities = (self.cos(self.embed(q[rows])) / self.tau).softmax(1)  # (B, M)
-            return -(probabilities * scores[rows]).sum(1).mean()
+            return -(self.predict(q[rows]) * scores[rows]).sum(1).mean()
 
+        self.tau_route = self.tau  # while it learns
         parameters = [*self.project.parameters(), self.teachers]
         val = fit_early_stopped(self, parameters, loss, minus_expected_score, q, generator)
 
-        cos = self.cos(self.embed(q[val])).detach()  # (N_val, M)
+        cos = self.cos(self.embed(q[val]))  # (N_val, M)
         target = best_teacher(scores[val])
         taus = torch.logspace(-2, 2, 41).tolist()
         self.tau_route = min(taus, key=lambda tau: F.cross_entropy(cos / tau, target))
-        return self
 
-    @torch.no_grad()
-    def route(self, embeddings):
-        """Return P(m | q) (N, M) of embeddings (N, D)."""
-        z = self.embed(self.standardize(embeddings))
-        return (self.cos(z) / self.tau_route).softmax(1)
+    def predict(self, q):
+        return (self.cos(self.embed(q)) / self.tau_route).softmax(1)
 
     def embed(self, q):
         """Return z = f(q) at unit length (B, d), of q (B, D)."""
@@ -690,7 +703,7 @@ def contrast(logits, positive, negative):
 
 
 @dataclass
-class PlackettLuceRouter:
+class PlackettLuceRouter(Router):
     """Route by the teachers' worths xi, from rankings on similar questions: P(m | q) = xi_m.
 
     For each q, xi (with sum 1) maximises a weighted likelihood of the training questions' rankings:
@@ -732,17 +745,16 @@ class PlackettLuceRouter:
 
     taus = (100.0, 0.4, 0.2, 0.12, 0.08, 0.06, 0.04, 0.03, 0.02, 0.01)
 
-    def fit(self, embeddings, scores):
-        """Keep the training questions with their choices, then choose the tau of `route`.
+    def learn(self, q, scores):
+        """Keep the training questions with their choices, then choose the tau of `predict`.
 
         Example: the scores (0.5, 0.9, 0.5) of one question, whose teachers 0 and 2 tie.
 
             stands = [[1, 0, 1], [1, 1, 1], [1, 0, 1]]  who stands in the choice that m wins
             sets   = [[1, 0, 1], [1, 1, 1]]             the different ones
             won    = [1/2, 1, 1/2]                      half of one choice from two, one from three
-            held   = [1, 1]                             choices from each set
+            made   = [1, 1]                             choices from each set
         """
-        self.standardize, q, scores = prepare(embeddings, scores)  # q (N, D), scores (N, M)
         self.q = F.normalize(q)  # (N, D)
         s = (scores * 1e6).round()  # differences below about 1e-6 are ties
         stands = s[:, None, :] <= s[:, :, None]  # (N, M, M): [i, m, j], j is not above m
@@ -751,21 +763,18 @@ class PlackettLuceRouter:
         self.won = torch.where(lowest, (size - 1) / size, 1.0)  # (N, M)
         sets, which = stands.flatten(0, 1).unique(dim=0, return_inverse=True)
         self.sets = sets.float()  # (S, M)
-        none = torch.zeros(len(q), len(sets))
-        self.held = none.scatter_add(1, which.view_as(s), self.won)  # (N, S)
+        none = torch.zeros(len(s), len(sets))
+        self.made = none.scatter_add(1, which.view_as(s), self.won)  # (N, S)
         self.tau_route = self.tau or self.choose_tau(scores)
-        return self
 
-    def route(self, embeddings):
-        """Return P(m | q) (N, M) of embeddings (N, D)."""
-        q = F.normalize(self.standardize(embeddings))
-        xi = [self.worths(part @ self.q.T, self.tau_route) for part in q.split(256)]
-        return torch.cat(xi)
+    def predict(self, q):
+        parts = F.normalize(q).split(256)
+        return torch.cat([self.worths(part @ self.q.T, self.tau_route) for part in parts])
 
     def worths(self, cos, tau):
         """Return xi (B, M) from cos(q, q_i) (B, N).
 
-        The example in `fit`, with weight 1 and no prior, one step from xi = (0.2, 0.5, 0.3):
+        The example in `learn`, with weight 1 and no prior, one step from xi = (0.2, 0.5, 0.3):
 
             rivals = [0.5, 1.0]       sum of xi over each set
             stood  = [3, 1, 3]        1 / 0.5 + 1 / 1.0 for teachers 0 and 2, who are in both sets
@@ -773,11 +782,11 @@ class PlackettLuceRouter:
         """
         weights = (cos / tau).softmax(1)  # (B, N), w_i
         won = weights @ self.won + self.prior / self.won.shape[1]  # (B, M)
-        held = weights @ self.held  # (B, S)
+        made = weights @ self.made  # (B, S)
         xi = sum_to_one(won)
         for _ in range(self.steps):
             rivals = xi @ self.sets.T  # (B, S)
-            stood = (held / rivals) @ self.sets + self.prior  # (B, M)
+            stood = (made / rivals) @ self.sets + self.prior  # (B, M)
             xi = sum_to_one(won / stood)
         return xi
 
@@ -798,7 +807,7 @@ class PlackettLuceRouter:
 
 
 @dataclass
-class ClassifierRouter:
+class ClassifierRouter(Router):
     """Route by a small classifier: P(m | q) = softmax_m(MLP(q)), fitted to a target distribution.
 
     targets="soft": softmax_m(scores / temperature), as ZOOTER (Lu et al., arXiv 2311.08692) distils
@@ -830,10 +839,9 @@ class ClassifierRouter:
             return (scores / self.temperature).softmax(1)
         return best_teacher(scores)
 
-    def fit(self, embeddings, scores):
+    def learn(self, q, scores):
         """Train the MLP (`head`)."""
         generator = torch.Generator().manual_seed(self.seed)
-        self.standardize, q, scores = prepare(embeddings, scores)  # q (N, D), scores (N, M)
         target = self.target(scores)  # (N, M)
 
         # Start as the classifier that ignores q and predicts the mean target.
@@ -843,14 +851,10 @@ class ClassifierRouter:
         def loss(rows):
             return F.cross_entropy(self.head(q[rows]), target[rows])
 
-        parameters = list(self.head.parameters())
-        fit_early_stopped(self, parameters, loss, loss, q, generator)
-        return self
+        fit_early_stopped(self, [*self.head.parameters()], loss, loss, q, generator)
 
-    @torch.no_grad()
-    def route(self, embeddings):
-        """Return P(m | q) (N, M) of embeddings (N, D)."""
-        return self.head(self.standardize(embeddings)).softmax(1)
+    def predict(self, q):
+        return self.head(q).softmax(1)
 
 
 # What the routers share: training, targets, checked input.
@@ -875,7 +879,7 @@ def fit_early_stopped(router, parameters, loss, validation_loss, q, generator):
     # terms of rms 1, by about lr * sqrt(D) if their signs are independent, and by lr * D at most, if
     # all agree. Make the former the same for every D.
     lr = router.lr * (256 / q.shape[1]) ** 0.5
-    optimizer = torch.optim.AdamW(parameters, lr, weight_decay=0.01)
+    optimizer = torch.optim.AdamW(parameters, lr)
     lowest = torch.inf
     stale = 0  # epochs since the lowest loss
     step = 0
@@ -945,17 +949,6 @@ class Standardize:
         if q.shape[1] != len(self.mean):
             raise ValueError(f"embeddings have D = {q.shape[1]}, fit had {len(self.mean)}")
         return (q - self.mean) / self.scale
-
-
-@torch.no_grad()
-def prepare(embeddings, scores):
-    """Return a Standardize, its q (N, D) and scores (N, M), or raise ValueError."""
-    standardize = Standardize(embeddings)
-    q = standardize(embeddings)
-    scores = check_matrix(scores, "scores")
-    if len(scores) != len(q) or scores.shape[1] < 2:
-        raise ValueError(f"scores must be ({len(q)}, M >= 2), got {tuple(scores.shape)}")
-    return standardize, q, scores
 
 
 def check_matrix(x, name):
