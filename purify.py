@@ -123,8 +123,7 @@ class Choice(Purifier):
     def purify(self, questions):
         probabilities = self.choose(questions)  # (N, M)
         self.chosen = dict(zip(questions, probabilities.tolist()))
-        picks = probabilities.argmax(1)
-        texts = self.teachers.rationales(questions, picks.tolist())
+        texts = self.teachers.rationales(questions, probabilities.argmax(1).tolist())
         return [[text] for text in texts]
 
     def probabilities(self, row):
@@ -666,9 +665,9 @@ class SimilarityRouter(Router):
         question on which all teachers tie has loss 0. Example: of the scores (0.9, 0.9, 0.5, 0.1),
         two are positive for K = 1 and K = 2, three for K = 3 and K = 4.
         """
-        best = scores.sort(1, descending=True).values[:, :top_k]  # (B, K)
+        kth = scores.topk(top_k).values[:, -1:]  # (B, 1)
         lowest = scores.amin(1, keepdim=True)  # (B, 1)
-        positive = (scores >= best[:, -1:]) & (scores > lowest)  # (B, M)
+        positive = (scores >= kth) & (scores > lowest)  # (B, M)
         return contrast(logits, positive, ~positive)
 
     @staticmethod
@@ -797,10 +796,12 @@ class PlackettLuceRouter(Router):
         cos = self.q[sample] @ self.q.T  # (B, N)
         cos[cos > 1 - 1e-5] = -1e6  # leave out the question itself and its duplicates
 
+        scores = scores[sample]  # (B, M)
+
         def value(tau):
             xi = self.worths(cos, tau)  # (B, M)
-            picked = scores[sample].gather(1, xi.argmax(1, keepdim=True)).sum()
-            expected = (xi * scores[sample]).sum()
+            picked = scores.gather(1, xi.argmax(1, keepdim=True)).sum()
+            expected = (xi * scores).sum()
             return picked + 0.05 * expected  # between equal picks, the sharper xi wins
 
         return max(self.taus, key=value)
