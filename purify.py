@@ -228,8 +228,7 @@ class Routing(Choice):
         tensors, metadata = model.read_tensors(file)
         for name, ours in (("purifier", self.args.purifier), ("teachers", self.teachers.names)):
             theirs = json.loads(metadata.get(name, "null"))
-            why = f"fitted with {name} {theirs}, not {ours}; give the same"
-            model.require(theirs == ours, f"{file}: {why}")
+            model.require(theirs == ours, f"{file}: fitted with {name} {theirs}, not {ours}")
         own = model.part_of(tensors, "encoder")
         if own:
             encoder, _ = self.encoder
@@ -466,8 +465,7 @@ class Reinforced(Purifier):
         for row, (text,) in zip(self.visits[step], self.rationales(step)):
             right.append(kp.is_right(text, self.questions[row]))
         l_dl = loss.rationale.float().cpu()  # (B,)
-        deviation = l_dl.std(correction=0) + 1e-6
-        z = (l_dl - l_dl.mean()) / deviation
+        z = F.layer_norm(l_dl, l_dl.shape)  # mean 0, deviation 1
         return torch.tensor(right).float() - self.BETA * z
 
     def feedback(self, step, loss):
@@ -606,7 +604,7 @@ class SimilarityRouter(Router):
     """
 
     tau: float = 0.1  # temperature of both losses
-    top_k: int = 1  # K, how many teachers are positive
+    top_k: int = 1  # K, how many teachers are positive, at most M
     lam: float = 0.1  # weight of question_loss
     n_clusters: int = 5
     hidden: int = 256  # units of f
