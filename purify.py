@@ -2,8 +2,8 @@
 are measured against.
 
 In this order: the interface; the controls; the purifiers that choose one teacher for each
-question; aggregation; reinforcement learning; and last the three routers' mathematics, each class
-whole and usable alone.
+question; aggregation; reinforcement learning; and last the three routers' mathematics, each
+usable alone.
 
     python train.py --purifier router      # or plackett-luce, classifier, aggregate, rl, none, ...
 """
@@ -97,7 +97,7 @@ class Purifier:
 
     @cached_property
     def encoder(self):
-        """The sentence encoder, --encoder, and its tokenizer; opened when it is first needed."""
+        """Open the sentence encoder, --encoder, and its tokenizer, when they are first needed."""
         return self.open_lm(self.args.encoder)
 
     def embed(self, questions):
@@ -178,8 +178,8 @@ class TaskTeacher(Choice):
         scores = self.teachers.scores(fit)  # (N, M)
         best = {}
         for task in {q.task for q in questions}:
-            rows = [row for row, q in enumerate(fit) if q.task == task]
-            best[task] = scores[rows or range(len(fit))].mean(0).argmax()
+            rows = [row for row, q in enumerate(fit) if q.task == task] or range(len(fit))
+            best[task] = scores[rows].mean(0).argmax()
         return self.certain(torch.stack([best[q.task] for q in questions]))
 
 
