@@ -2,8 +2,8 @@
 are measured against.
 
 In this order: the interface; the controls; the purifiers that choose one teacher for each
-question; aggregation; reinforcement learning; and last the three routers' mathematics, each class
-whole and usable alone.
+question; aggregation; reinforcement learning; and last the three routers' mathematics, each
+usable alone.
 
     python train.py --purifier router      # or plackett-luce, classifier, aggregate, rl, none, ...
 """
@@ -12,6 +12,7 @@ import json
 import random
 from collections import Counter
 from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import chain
 from pathlib import Path
 
@@ -42,7 +43,6 @@ class Purifier:
         self.fit_on = fit_on  # what a purifier may be fitted on: the in-domain training questions
         self.teachers = teachers  # kp.Teachers
         self.open_lm = open_lm  # path or None -> (LM or sentence encoder, its tokenizer)
-        self.encoder = None  # the sentence encoder and its tokenizer, once something is embedded
         self.embeddings = {}  # {text: (D,)} so far
         self.ledger = Counter()  # tokens that this purifier spends, besides the teachers'
 
@@ -95,17 +95,20 @@ class Purifier:
         n = self.args.fit_questions or default or len(self.fit_on)
         return random.Random(self.args.seed).sample(self.fit_on, min(n, len(self.fit_on)))
 
+    @cached_property
+    def encoder(self):
+        """Open the sentence encoder, --encoder, and its tokenizer, when they are first needed."""
+        return self.open_lm(self.args.encoder)
+
     def embed(self, questions):
-        """Return E(q), (N, D) of unit length, by --encoder."""
+        """Return E(q), (N, D) of unit length."""
         return self.embed_texts(map(kp.ask, questions))
 
     def embed_texts(self, texts):
         """Return E(text), (N, D) of unit length. Each text is embedded once."""
         texts = list(texts)
         new = [text for text in dict.fromkeys(texts) if text not in self.embeddings]
-        if new:
-            self.encoder = self.encoder or self.open_lm(self.args.encoder)
-            self.embeddings.update(zip(new, model.embed(*self.encoder, new)))
+        self.embeddings.update(zip(new, model.embed(*self.encoder, new)))
         return torch.stack([self.embeddings[text] for text in texts])
 
 
@@ -120,8 +123,7 @@ class Choice(Purifier):
     def purify(self, questions):
         probabilities = self.choose(questions)  # (N, M)
         self.chosen = dict(zip(questions, probabilities.tolist()))
-        picks = probabilities.argmax(1)
-        texts = self.teachers.rationales(questions, picks.tolist())
+        texts = self.teachers.rationales(questions, probabilities.argmax(1).tolist())
         return [[text] for text in texts]
 
     def probabilities(self, row):
@@ -164,8 +166,7 @@ class RandomTeacher(Choice):
 
     def choose(self, questions):
         generator = torch.Generator().manual_seed(self.args.seed)
-        M = len(self.teachers)
-        picks = torch.randint(M, (len(questions),), generator=generator)
+        picks = torch.randint(len(self.teachers), (len(questions),), generator=generator)
         return self.certain(picks)
 
 
@@ -176,11 +177,10 @@ class TaskTeacher(Choice):
         fit = self.questions_to_fit_on()
         scores = self.teachers.scores(fit)  # (N, M)
         best = {}
-        for task in {q.task for q in fit}:
-            same = torch.tensor([q.task == task for q in fit])  # (N,)
-            best[task] = scores[same].mean(0).argmax()
-        overall = scores.mean(0).argmax()
-        return self.certain(torch.stack([best.get(q.task, overall) for q in questions]))
+        for task in {q.task for q in questions}:
+            rows = [row for row, q in enumerate(fit) if q.task == task] or range(len(fit))
+            best[task] = scores[rows].mean(0).argmax()
+        return self.certain(torch.stack([best[q.task] for q in questions]))
 
 
 class Oracle(Choice):
@@ -205,14 +205,13 @@ class Routing(Choice):
 
     def choose(self, questions):
         if self.args.router:
-            embeddings, scores = self.take_over(Path(self.args.router) / "router.safetensors")
+            self.fitted_on = self.take_over(Path(self.args.router) / "router.safetensors")
         else:
             fit = self.questions_to_fit_on()
-            scores = self.teachers.scores(fit)  # (N, M)
+            scores = self.teachers.scores(fit).contiguous()  # (N, M)
             self.tune(fit, scores)
-            embeddings = self.embed(fit)  # (N, D)
-        self.fitted_on = dict(embeddings=embeddings, scores=scores.contiguous())
-        router = self.router().fit(embeddings, scores)
+            self.fitted_on = dict(embeddings=self.embed(fit), scores=scores)
+        router = self.router().fit(**self.fitted_on)
         return router.route(self.embed(questions))
 
     def tune(self, questions, scores):
@@ -225,22 +224,20 @@ class Routing(Choice):
         return {**self.fitted_on, "probe": self.embed_texts([PROBE])}
 
     def take_over(self, file):
-        """Return the embeddings (N, D) and scores (N, M) that another run's router was fitted on."""
+        """Return what another run's router was fitted on."""
         tensors, metadata = model.read_tensors(file)
         for name, ours in (("purifier", self.args.purifier), ("teachers", self.teachers.names)):
             theirs = json.loads(metadata.get(name, "null"))
-            why = f"fitted with {name} {theirs}, not {ours}; give the same"
-            model.require(theirs == ours, f"{file}: {why}")
+            model.require(theirs == ours, f"{file}: fitted with {name} {theirs}, not {ours}")
         own = model.part_of(tensors, "encoder")
         if own:
-            encoder, tokenizer = self.open_lm(self.args.encoder)
+            encoder, _ = self.encoder
             encoder.load_state_dict(own)
-            self.encoder = encoder, tokenizer
         probe = self.embed_texts([PROBE])
         theirs = tensors["probe"]
         same = probe.shape == theirs.shape and probe.allclose(theirs, atol=1e-3)
         model.require(same, f"{file}: fitted with another encoder; give that one as --encoder")
-        return tensors["embeddings"], tensors["scores"]
+        return dict(embeddings=tensors["embeddings"], scores=tensors["scores"])
 
 
 PROBE = "Which of these conducts electricity?"
@@ -276,7 +273,7 @@ class ClassifierRouting(Routing):
         return ClassifierRouter(seed=self.args.seed)
 
     def tune(self, questions, scores):
-        encoder, tokenizer = self.encoder = self.open_lm(self.args.encoder)
+        encoder, tokenizer = self.encoder
         encoder.float()  # small updates are lost in bfloat16
         router = self.router().fit(self.embed(questions), scores)
         self.embeddings.clear()  # they are of the encoder before
@@ -290,8 +287,7 @@ class ClassifierRouting(Routing):
             rows = [draw.randrange(len(ids)) for _ in range(self.BATCH)]
             tokens, mask = model.pad([ids[row] for row in rows])
             q = model.pool(encoder, tokens.to(device), mask.to(device)).cpu()  # (B, D)
-            q = (q - router.standardize.mean.float()) / router.standardize.scale
-            loss = F.cross_entropy(router.head(q), targets[rows])
+            loss = F.cross_entropy(router.head(router.standardize(q)), targets[rows])
             loss.backward()
             optimizer.step()
             optimizer.zero_grad()
@@ -320,18 +316,17 @@ class Aggregation(Purifier):
     MAX_LENGTH = 2048  # tokens of question and rationales
 
     def purify(self, questions):
-        if not self.args.tune_aggregator:
-            aggregator, tokenizer = self.open_lm(self.args.aggregator)
-            texts = self.write(aggregator, tokenizer, questions)
-            return [[text] for text in texts]
-        fit = self.questions_to_fit_on(default=2000)
-        halves = [fit[0::2], fit[1::2]]
+        taught = [[]]  # one aggregator, which is taught nothing
+        if self.args.tune_aggregator:
+            fit = self.questions_to_fit_on(default=2000)
+            taught = [fit[0::2], fit[1::2]]
         purified = {}
-        for half in halves:
+        for half in taught:
             aggregator, tokenizer = self.open_lm(self.args.aggregator)
-            self.tune(aggregator, tokenizer, half)
-            taught = set(half)
-            todo = [q for q in questions if q not in taught and q not in purified]
+            if half:
+                self.tune(aggregator, tokenizer, half)
+            known = {*half, *purified}
+            todo = [q for q in questions if q not in known]
             purified.update(zip(todo, self.write(aggregator, tokenizer, todo)))
         return [[purified[q]] for q in questions]
 
@@ -357,6 +352,7 @@ class Aggregation(Purifier):
         """Train by cross-entropy to write the rationale of each question's best-scoring teacher."""
         said = self.teachers.all_rationales(questions)
         best = self.teachers.scores(questions).argmax(1).tolist()
+        lessons = list(zip(questions, said, best))
         token_cache = kp.TokenCache(tokenizer, self.MAX_LENGTH)
         aggregator.float().train()  # small updates are lost in bfloat16
         optimizer = torch.optim.AdamW(aggregator.parameters(), self.LR)
@@ -365,18 +361,15 @@ class Aggregation(Purifier):
         for step in kp.progress(range(n_steps), "tune aggregator"):
             warm_up = (step + 1) / 50
             decay = 1 - step / n_steps
-            for group in optimizer.param_groups:
-                group["lr"] = self.LR * min(warm_up, decay)
+            optimizer.param_groups[0]["lr"] = self.LR * min(warm_up, decay)
             prompts = []
             targets = []
-            for row in draw.choices(range(len(questions)), k=self.BATCH):
+            for q, texts, teacher in draw.choices(lessons, k=self.BATCH):
                 # The choices and teachers in a new order each time: their places mean nothing.
-                q = questions[row]
                 shuffled = draw.sample(q.choices, len(q.choices))
                 q = replace(q, choices=tuple(shuffled))
-                texts = draw.sample(said[row], len(said[row]))
-                prompts.append(kp.aggregation_prompt(q, texts))
-                targets.append(said[row][best[row]])
+                prompts.append(kp.aggregation_prompt(q, draw.sample(texts, len(texts))))
+                targets.append(texts[teacher])
             prompts = token_cache.prompts(prompts)
             loss = kp.sequence_losses(aggregator, prompts, token_cache.targets(targets)).mean()
             loss.backward()
@@ -417,84 +410,82 @@ class Reinforced(Purifier):
     ENTROPY = 0.01  # c
 
     def fit(self):
-        embeddings = self.embed([self.questions[row] for row in self.rows])  # (N, D)
-        self.states = dict(zip(self.rows, Standardize(embeddings)(embeddings)))
-        self.start_policy(embeddings.shape[1], len(self.teachers))
-        self.baseline = 0.0
+        states, n_outputs = self.describe([self.questions[row] for row in self.rows])
+        self.states = torch.empty(len(self.questions), *states.shape[1:])
+        self.states[self.rows] = states  # no other row is ever looked up
+        generator = torch.Generator().manual_seed(self.args.seed)
+        self.policy = mlp(states.shape[-1], self.HIDDEN, torch.zeros(n_outputs), generator)
+        self.optimizer = torch.optim.Adam(self.policy.parameters(), self.LR)
+        self.baseline = torch.zeros((), dtype=torch.float64)
 
-        # What was drawn so far, one entry a visit: the teacher, log pi then, and the reward.
-        self.visited = list(chain.from_iterable(self.visits))
-        self.picks = torch.zeros(0, dtype=torch.long)
-        self.logp = torch.zeros(0)
-        self.rewards = torch.zeros(0)
-        self.written = []
+        # Of each visit: the teacher drawn, log pi then, and the reward. All batches have one size.
+        self.visited = torch.tensor(self.visits)  # (steps, B)
+        self.picks = torch.zeros_like(self.visited)
+        self.logp = torch.zeros(self.visited.shape)
+        self.rewards = torch.zeros(self.visited.shape)
+        self.written = []  # [text] of each visit so far
         self.texts = {}
 
-    def start_policy(self, D, n_outputs):
-        """Make the MLP; all its outputs start at 0."""
-        generator = torch.Generator().manual_seed(self.args.seed)
-        self.policy = mlp(D, self.HIDDEN, torch.zeros(n_outputs), generator)
-        self.optimizer = torch.optim.Adam(self.policy.parameters(), self.LR)
+    def describe(self, questions):
+        """Return the states of questions, (N, D), and how many outputs the policy has of a state."""
+        q = self.embed(questions)
+        return Standardize(q)(q), len(self.teachers)
 
     def log_policy(self, rows):
         """Return log pi(m | q) of these rows, (B, M)."""
-        states = torch.stack([self.states[row] for row in rows])  # (B, D)
-        return self.policy(states).log_softmax(1)
-
-    def batch(self, step):
-        """Return the places of this step's visits among all visits. All batches have one size."""
-        B = len(self.visits[0])
-        return slice(step * B, (step + 1) * B)
+        return self.policy(self.states[rows]).log_softmax(1)
 
     def rationales(self, step):
-        if len(self.written) == self.batch(step).start:
-            end = self.batch(step + self.AHEAD).start
-            rows = self.visited[self.batch(step).start : end]
+        B = len(self.visits[step])
+        start = step * B
+        if start == len(self.written):
+            ahead = slice(step, step + self.AHEAD)
+            visited = self.visited[ahead]  # (AHEAD, B)
             generator = torch.Generator().manual_seed(self.args.seed * 1_000_003 + step)
             with torch.no_grad():
-                logp = self.log_policy(rows)  # (AHEAD * B, M)
+                logp = self.log_policy(visited.flatten())  # (AHEAD * B, M)
             picks = torch.multinomial(logp.exp(), 1, generator=generator)
-            self.take(picks[:, 0], logp.gather(1, picks)[:, 0])
-        return [[text] for text in self.written[self.batch(step)]]
+            self.picks[ahead] = picks.view_as(visited)
+            self.logp[ahead] = logp.gather(1, picks).view_as(visited)
+            self.write(ahead)
+        return self.written[start : start + B]
 
-    def take(self, picks, logp):
-        """Have the picked teachers write for the next visits."""
-        rows = self.visited[len(self.written) :][: len(picks)]
-        texts = self.teachers.rationales([self.questions[row] for row in rows], picks.tolist())
+    def write(self, steps):
+        """Have the picked teachers write for these steps, a slice."""
+        rows = self.visited[steps].flatten().tolist()
+        picks = self.picks[steps].flatten().tolist()
+        texts = self.teachers.rationales([self.questions[row] for row in rows], picks)
+        texts = [[text] for text in texts]
         self.written += texts
-        self.texts.update((row, [text]) for row, text in zip(rows, texts))
-        self.picks = torch.cat((self.picks, picks))
-        self.logp = torch.cat((self.logp, logp))
+        self.texts.update(zip(rows, texts))
 
     def reward(self, step, loss):
         """Return R of this step's draws, (B,)."""
         right = []
-        for row, text in zip(self.visits[step], self.written[self.batch(step)]):
+        for row, (text,) in zip(self.visits[step], self.rationales(step)):
             right.append(kp.is_right(text, self.questions[row]))
         l_dl = loss.rationale.float().cpu()  # (B,)
-        deviation = l_dl.std(correction=0) + 1e-6
-        z = (l_dl - l_dl.mean()) / deviation
+        z = F.layer_norm(l_dl, l_dl.shape)  # mean 0, deviation 1
         return torch.tensor(right).float() - self.BETA * z
 
     def feedback(self, step, loss):
-        reward = self.reward(step, loss)
-        self.rewards = torch.cat((self.rewards, reward))
+        self.rewards[step] = self.reward(step, loss)
+        mean = self.rewards[step].mean()
         entropy = self.learn(step)
         draw = random.Random(f"{self.args.seed} {step}")
         earlier = range(max(0, step - self.MEMORY), step)
         for before in draw.sample(earlier, min(self.REPLAYS, len(earlier))):
             self.learn(before)
-        self.baseline += 0.1 * (reward.mean().item() - self.baseline)
-        return dict(reward=reward.mean(), entropy=entropy)
+        self.baseline += 0.1 * (mean - self.baseline)
+        return dict(reward=mean, entropy=entropy)
 
     def learn(self, step):
         """Take one step of gradient ascent on the draws of one step of training. Return H(pi)."""
-        at = self.batch(step)
-        logp = self.log_policy(self.visited[at])  # (B, M)
+        logp = self.log_policy(self.visited[step])  # (B, M)
         entropy = -(logp.exp() * logp).sum(1).mean()
-        chosen = logp.gather(1, self.picks[at][:, None])[:, 0]  # (B,)
-        ratio = (chosen.detach() - self.logp[at]).exp().clamp(max=2)  # pi_now / pi_then
-        gain = (ratio * (self.rewards[at] - self.baseline) * chosen).mean()
+        chosen = logp.gather(1, self.picks[step][:, None])[:, 0]  # (B,)
+        ratio = (chosen.detach() - self.logp[step]).exp().clamp(max=2)  # pi_now / pi_then
+        gain = (ratio * (self.rewards[step] - self.baseline) * chosen).mean()
         self.optimizer.zero_grad()
         (-gain - self.ENTROPY * entropy).backward()
         self.optimizer.step()
@@ -509,21 +500,24 @@ class Reinforced(Purifier):
         """
         if self.args.data:
             return {}
-        questions = [self.questions[row] for row in self.visited]
+        questions = [self.questions[row] for row in chain.from_iterable(self.visits)]
         best = self.teachers.scores(questions, count=False).argmax(1)
-        agrees = (self.picks == best).float()
+        agrees = (self.picks.flatten() == best).float()
         return dict(agreement=[part.mean().item() for part in agrees.chunk(10)])
 
     def state(self):
-        tensors = model.state_of(policy=self.policy, optimizer=self.optimizer)
-        tensors["baseline"] = torch.tensor(self.baseline, dtype=torch.float64)
-        return {**tensors, "picks": self.picks, "logp": self.logp, "rewards": self.rewards}
+        drawn = dict(picks=self.picks, logp=self.logp, rewards=self.rewards)
+        learned = model.state_of(policy=self.policy, optimizer=self.optimizer)
+        return {**drawn, **learned, "baseline": self.baseline}
 
     def restore(self, state, step):
         model.restore_state(state, policy=self.policy, optimizer=self.optimizer)
-        self.baseline = state["baseline"].item()
+        self.baseline = state["baseline"]
+        self.picks = state["picks"]
+        self.logp = state["logp"]
         self.rewards = state["rewards"]
-        self.take(state["picks"], state["logp"])  # the teachers' answers are in the cache
+        for start in range(0, step, self.AHEAD):
+            self.write(slice(start, start + self.AHEAD))  # the teachers' answers are in the cache
 
 
 class ReinforcedAsPublished(Reinforced):
@@ -534,23 +528,18 @@ class ReinforcedAsPublished(Reinforced):
     1. Reward: R = -L_PR - L_DL, of the batch. All teachers write all rationales, for the state.
     """
 
-    def fit(self):
-        super().fit()
-        questions = [self.questions[row] for row in self.rows]
-        texts = self.teachers.all_rationales(questions)
-        alone = torch.stack([self.states[row] for row in self.rows])  # E(q), (N, D)
+    def describe(self, questions):
+        """Return the states of questions and teachers, (N, M, 2 D), and 1 output of each."""
+        alone, _ = super().describe(questions)  # E(q), (N, D)
         states = []
-        for m in range(len(self.teachers)):
-            own = [texts_of[m] for texts_of in texts]
-            right = torch.tensor(list(map(kp.is_right, own, questions))).float()  # (N,)
-            r = self.embed_texts(own) * right[:, None]  # (N, D)
+        for texts in zip(*self.teachers.all_rationales(questions)):  # one teacher's, N
+            right = torch.tensor(list(map(kp.is_right, texts, questions)))  # (N,)
+            r = self.embed_texts(texts) * right[:, None]  # (N, D)
             states.append(torch.cat((alone, r), 1))
-        self.states = dict(zip(self.rows, torch.stack(states, 1)))  # (M, 2 D) of each row
-        self.start_policy(2 * alone.shape[1], 1)
+        return torch.stack(states, 1), 1
 
     def log_policy(self, rows):
-        states = torch.stack([self.states[row] for row in rows])  # (B, M, 2 D)
-        chances = self.policy(states)[..., 0].sigmoid()  # (B, M)
+        chances = self.policy(self.states[rows])[..., 0].sigmoid()  # (B, M)
         return sum_to_one(chances).log()
 
     def reward(self, step, loss):
@@ -559,17 +548,39 @@ class ReinforcedAsPublished(Reinforced):
 
 # ------------------------------------------------------------------------- the routers' mathematics
 
-# A router maps the embedding q of a question to a probability for each of M teachers. All have
-#     fit(embeddings (N, D), scores (N, M)) -> self, where scores[i, m] is the probability that
-#         teacher m gives to the right choice of question i (or 1 and 0, for right and wrong);
-#     route(embeddings (N, D)) -> probabilities (N, M), each row with sum 1.
-# Both take tensors or arrays and work on the CPU. They raise ValueError if shapes do not match, if
-# there are no rows or fewer than two teachers, and if a number is NaN or infinite. All random
-# numbers come from `seed`: the same data give the same router.
+
+class Router:
+    """Map the embedding q of a question to a probability for each of M teachers.
+
+    `fit` and `route` take tensors or arrays and work on the CPU. They raise ValueError if shapes do
+    not match, if there are no rows or fewer than two teachers, and if a number is NaN or infinite.
+    All random numbers come from `seed`: the same data give the same router. A subclass has `learn`
+    and `predict`, of standardised q.
+    """
+
+    @torch.no_grad()
+    def fit(self, embeddings, scores):
+        """Learn from embeddings (N, D) and scores (N, M). Return self.
+
+        scores[i, m] is the probability that teacher m gives to the right choice of question i (or 1
+        and 0, for right and wrong).
+        """
+        self.standardize = Standardize(embeddings)
+        scores = check_matrix(scores, "scores")
+        N = len(embeddings)
+        if len(scores) != N or scores.shape[1] < 2:
+            raise ValueError(f"scores must be ({N}, M >= 2), got {tuple(scores.shape)}")
+        self.learn(self.standardize(embeddings), scores)
+        return self
+
+    @torch.no_grad()
+    def route(self, embeddings):
+        """Return P(m | q) (N, M) of embeddings (N, D), each row with sum 1."""
+        return self.predict(self.standardize(embeddings))
 
 
 @dataclass
-class SimilarityRouter:
+class SimilarityRouter(Router):
     """Route by learned similarity: P(m | q) = softmax_m(cos(f(q), k_m) / tau).
 
     Teacher m has a vector k_m. RouterDC (Chen et al., NeurIPS 2024, arXiv 2409.19886) trains f and k
@@ -579,28 +590,70 @@ class SimilarityRouter:
         teacher_loss = sum over + of  -log(e^s_+ / (e^s_+ + sum over - of e^s_-))
             s_m = cos(f(q), k_m) / tau
             "+": the K best teachers of the question, "-": all others
-        question_loss = -log(e^s_+ / (e^s_+ + sum over - of e^s_-))
+        question_loss = mean over + of  -log(e^s_+ / (e^s_+ + sum over - of e^s_-))
             s_j = cos(f(q), f(q_j)) / tau
-            "+": a question of the same k-means cluster, "-": n_negatives questions of others
+            "+": the questions of the batch in the same k-means cluster, "-": all others
 
     Differences from the paper and its code: f is a two-layer MLP on a frozen encoder, instead of
     the encoder itself; k-means runs on the embeddings, without t-SNE; K = 1 and lam = 0.1 instead
     of 3 and 1 (better on held-out questions); tau = 0.1 instead of 1; "-" are all other teachers,
-    not only the 3 lowest of those that score at most 0.5; training stops when the expected score on
-    validation questions stops rising; and `route` uses the tau that suits these questions best
-    (temperature scaling, Guo et al. 2017), which leaves the argmax as it is.
+    not only the 3 lowest of those that score at most 0.5; question_loss takes the whole batch, not
+    one + and 3 - drawn from it; training stops when the expected score on validation questions
+    stops rising; and `route` uses the tau that suits these questions best (temperature scaling, Guo
+    et al. 2017), which leaves the argmax as it is.
     """
 
     tau: float = 0.1  # temperature of both losses
-    top_k: int = 1  # K, how many teachers are positive
+    top_k: int = 1  # K, how many teachers are positive, at most M
     lam: float = 0.1  # weight of question_loss
     n_clusters: int = 5
-    n_negatives: int = 3
     hidden: int = 256  # units of f
     lr: float = 6e-4  # where D = 256, see fit_early_stopped
     batch: int = 128
     steps: int = 1500  # minibatches, at most; the last epoch is finished
     seed: int = 0
+
+    def learn(self, q, scores):
+        """Train f (`project`) and k (`teachers`), then choose the tau of `predict`."""
+        generator = torch.Generator().manual_seed(self.seed)
+        cluster = self.kmeans(q, generator)  # (N,)
+
+        # Start as the router that ignores q: f(q) = e_0, k_m = c_m e_0 + e_m, where c_m is the mean
+        # score of teacher m less that of all teachers. Then cos(f(q), k_m) rises with c_m.
+        # d = M + 1 dimensions are enough: of f(q), only the part in the span of k moves the argmax.
+        c = scores.mean(0) - scores.mean()  # (M,)
+        M = len(c)
+        self.teachers = nn.Parameter(torch.cat((c[:, None], torch.eye(M)), 1))  # k, (M, d)
+        self.project = mlp(q.shape[1], self.hidden, torch.eye(M + 1)[0], generator)
+
+        def loss(rows):
+            z = self.embed(q[rows])  # (B, d)
+            teacher_loss = self.teacher_loss(self.cos(z) / self.tau, scores[rows], self.top_k)
+            question_loss = self.question_loss(z @ z.T / self.tau, cluster[rows])
+            return (teacher_loss + self.lam * question_loss).mean()
+
+        def minus_expected_score(rows):
+            return -(self.predict(q[rows]) * scores[rows]).sum(1).mean()
+
+        self.tau_route = self.tau  # while it learns
+        parameters = [*self.project.parameters(), self.teachers]
+        val = fit_early_stopped(self, parameters, loss, minus_expected_score, q, generator)
+
+        cos = self.cos(self.embed(q[val]))  # (N_val, M)
+        target = best_teacher(scores[val])
+        taus = torch.logspace(-2, 2, 41).tolist()
+        self.tau_route = min(taus, key=lambda tau: F.cross_entropy(cos / tau, target))
+
+    def predict(self, q):
+        return (self.cos(self.embed(q)) / self.tau_route).softmax(1)
+
+    def embed(self, q):
+        """Return z = f(q) at unit length (B, d), of q (B, D)."""
+        return F.normalize(self.project(q))
+
+    def cos(self, z):
+        """Return cos(z, k_m) (B, M), of z (B, d) at unit length."""
+        return z @ F.normalize(self.teachers).T
 
     @staticmethod
     def teacher_loss(logits, scores, top_k):
@@ -610,86 +663,20 @@ class SimilarityRouter:
         question on which all teachers tie has loss 0. Example: of the scores (0.9, 0.9, 0.5, 0.1),
         two are positive for K = 1 and K = 2, three for K = 3 and K = 4.
         """
-        best = scores.sort(1, descending=True).values[:, :top_k]  # (B, K)
+        kth = scores.topk(top_k).values[:, -1:]  # (B, 1)
         lowest = scores.amin(1, keepdim=True)  # (B, 1)
-        positive = (scores >= best[:, -1:]) & (scores > lowest)  # (B, M)
-        # n, the log of the sum over - of e^s_-. Then -log(e^s / (e^s + e^n)) = log(1 + e^(n - s)).
-        n = logits.masked_fill(positive, -torch.inf).logsumexp(1, keepdim=True)  # (B, 1)
-        loss = F.softplus(n - logits)  # (B, M)
-        return (loss * positive).sum(1)
+        positive = (scores >= kth) & (scores > lowest)  # (B, M)
+        return contrast(logits, positive, ~positive)
 
     @staticmethod
-    def question_loss(z, cluster, n_negatives, tau, generator):
-        """Return the mean loss of a batch from z = f(q) at unit length (B, d) and clusters (B,).
+    def question_loss(logits, cluster):
+        """Return the loss (B,) of each question from logits s_j (B, B) and clusters (B,).
 
-        The mean is over the questions with a positive and n_negatives negatives in the batch. If
-        there is no such question, it is 0.
+        It is the mean over its friends in the batch; 0 without a friend, or without a stranger.
         """
-        other = cluster[:, None] != cluster  # (B, B)
-        friend = (~other).fill_diagonal_(False)  # same cluster, but not the question itself
-        # To pick at random, pick the largest of random numbers.
-        rand = torch.rand(other.shape, generator=generator) + 1e-6
-        positive = (rand * friend).argmax(1, keepdim=True)  # (B, 1)
-        negatives = (rand * other).topk(min(n_negatives, len(z))).indices  # (B, n_negatives)
-        picked = torch.cat([positive, negatives], 1)  # (B, 1 + n_negatives)
-        usable = friend.any(1) & (other.sum(1) >= n_negatives)  # (B,)
-        logits = z @ z.T / tau  # (B, B)
-        logits = logits.gather(1, picked)[usable]
-        loss = -logits.log_softmax(1)[:, 0]
-        return loss.sum() / max(len(loss), 1)
-
-    def fit(self, embeddings, scores):
-        """Train f (`project`) and k (`teachers`), then choose the tau of `route`."""
-        generator = torch.Generator().manual_seed(self.seed)
-        self.standardize, q, scores = prepare(embeddings, scores)  # q (N, D), scores (N, M)
-        cluster = self.kmeans(q, generator)  # (N,)
-
-        # Start as the router that ignores q: f(q) = e_0, k_m = c_m e_0 + sqrt(1 - c_m^2) e_m.
-        # Then cos(f(q), k_m) = c_m, the mean score of teacher m less that of all teachers.
-        # d = M + 1 dimensions are enough: of f(q), only the part in the span of k moves the argmax.
-        c = (scores.mean(0) - scores.mean()).clamp(-0.9, 0.9)  # (M,)
-        d = len(c) + 1
-        k = torch.cat([c[:, None], (1 - c**2).sqrt().diag()], 1)  # (M, d)
-        self.teachers = nn.Parameter(k)
-        self.project = mlp(q.shape[1], self.hidden, torch.eye(d)[0], generator)
-
-        def loss(rows):
-            z = self.embed(q[rows])  # (B, d)
-            teacher_loss = self.teacher_loss(self.logits(z), scores[rows], self.top_k).mean()
-            question_loss = self.question_loss(
-                z, cluster[rows], self.n_negatives, self.tau, generator
-            )
-            return teacher_loss + self.lam * question_loss
-
-        def minus_expected_score(rows):
-            probabilities = self.logits(self.embed(q[rows])).softmax(1)  # (B, M)
-            return -(probabilities * scores[rows]).sum(1).mean()
-
-        parameters = [*self.project.parameters(), self.teachers]
-        val = fit_early_stopped(
-            parameters, loss, minus_expected_score, q, self.lr, self.batch, self.steps, generator
-        )
-
-        cos = self.tau * self.logits(self.embed(q[val]))  # (N_val, M)
-        target = best_teacher(scores[val])
-        taus = torch.logspace(-2, 2, 41).tolist()
-        self.tau_route = min(taus, key=lambda tau: F.cross_entropy(cos / tau, target))
-        return self
-
-    @torch.no_grad()
-    def route(self, embeddings):
-        """Return P(m | q) (N, M) of embeddings (N, D)."""
-        z = self.embed(self.standardize(embeddings))
-        cos = self.tau * self.logits(z)
-        return (cos / self.tau_route).softmax(1)
-
-    def embed(self, q):
-        """Return f(q) at unit length (B, d), of q (B, D)."""
-        return F.normalize(self.project(q))
-
-    def logits(self, z):
-        """Return s_m = cos(z, k_m) / tau (B, M), of z (B, d) at unit length."""
-        return z @ F.normalize(self.teachers).T / self.tau
+        stranger = cluster[:, None] != cluster  # (B, B)
+        friend = (~stranger).fill_diagonal_(False)  # same cluster, but not the question itself
+        return contrast(logits, friend, stranger) / friend.sum(1).clamp(min=1)
 
     def kmeans(self, q, generator):
         """Return the cluster (N,) of each q (N, D), after ten rounds of k-means by cosine."""
@@ -702,8 +689,18 @@ class SimilarityRouter:
         return cluster
 
 
+def contrast(logits, positive, negative):
+    """Return the contrastive loss (B,) of logits s (B, K) and masks of + and - (B, K):
+
+    sum over + of  -log(e^s_+ / (e^s_+ + sum over - of e^s_-)),  0 without a + or a -
+    """
+    n = logits.masked_fill(~negative, -1e9).logsumexp(1, keepdim=True)  # e^n = sum of e^s_-
+    loss = F.softplus(n - logits)  # log(1 + e^(n - s)) = -log(e^s / (e^s + e^n))
+    return (loss * positive).sum(1)
+
+
 @dataclass
-class PlackettLuceRouter:
+class PlackettLuceRouter(Router):
     """Route by the teachers' worths xi, from rankings on similar questions: P(m | q) = xi_m.
 
     For each q, xi (with sum 1) maximises a weighted likelihood of the training questions' rankings:
@@ -718,6 +715,9 @@ class PlackettLuceRouter:
         xi_m <- won_m / stood_m, scaled to sum 1
             won_m = sum of w_i over the choices that m won
             stood_m = sum of w_i / (sum of xi_j over all j in the choice), over the choices m was in
+
+    All choices from the same set of teachers share that denominator, so their weights are added
+    once, before the steps. M teachers make at most 2^M - 1 sets, however many questions there are.
 
     Ties (Breslow 1974): each of g tied teachers is chosen from all that are not above the group.
     The lowest group counts as g - 1 choices, (g - 1) / g for each teacher. So for M = 2 a tie is
@@ -736,109 +736,77 @@ class PlackettLuceRouter:
 
     tau: float | None = None  # None: fit chooses one of `taus`
     prior: float = 0.01
-    neighbours: int = 512  # if more rankings than this occur, use this many questions, the nearest
-    steps: int = 100  # MM steps, at most
+    steps: int = 100  # MM steps
     sample: int = 512  # how many training questions choose tau
     seed: int = 0
 
     taus = (100.0, 0.4, 0.2, 0.12, 0.08, 0.06, 0.04, 0.03, 0.02, 0.01)
 
-    def fit(self, embeddings, scores):
-        """Keep the training questions with their rankings, then choose the tau of `route`."""
-        self.standardize, q, scores = prepare(embeddings, scores)  # q (N, D), scores (N, M)
+    def learn(self, q, scores):
+        """Keep the training questions with their choices, then choose the tau of `predict`.
+
+        Example: the scores (0.5, 0.9, 0.5) of one question, whose teachers 0 and 2 tie.
+
+            stands = [[1, 0, 1], [1, 1, 1], [1, 0, 1]]  who stands in the choice that m wins
+            sets   = [[1, 0, 1], [1, 1, 1]]             the different ones
+            won    = [1/2, 1, 1/2]                      half of one choice from two, one from three
+            made   = [1, 1]                             choices from each set
+        """
         self.q = F.normalize(q)  # (N, D)
         s = (scores * 1e6).round()  # differences below about 1e-6 are ties
-        above = (s[:, None, :] > s[:, :, None]).sum(2)  # (N, M), how many teachers are above m
-        # Keep each of the R rankings that occur once. For M = 4 there are 75 at most, with ties.
-        self.above, self.ranking = above.unique(dim=0, return_inverse=True)  # (R, M), (N,)
+        stands = s[:, None, :] <= s[:, :, None]  # (N, M, M): [i, m, j], j is not above m
+        size = stands.sum(2)  # (N, M)
+        lowest = s == s.amin(1, keepdim=True)
+        self.won = torch.where(lowest, (size - 1) / size, 1.0)  # (N, M)
+        sets, which = stands.flatten(0, 1).unique(dim=0, return_inverse=True)
+        self.sets = sets.float()  # (S, M)
+        none = torch.zeros(len(s), len(sets))
+        self.made = none.scatter_add(1, which.view_as(s), self.won)  # (N, S)
         self.tau_route = self.tau or self.choose_tau(scores)
-        return self
 
-    def route(self, embeddings):
-        """Return P(m | q) (N, M) of embeddings (N, D)."""
-        xi = []
-        for q in self.split(F.normalize(self.standardize(embeddings))):
-            cos = q @ self.q.T  # (B, N)
-            xi.append(self.worths(*self.weigh(cos, self.tau_route)))
-        return torch.cat(xi)
+    def predict(self, q):
+        parts = F.normalize(q).split(256)
+        return torch.cat([self.worths(part @ self.q.T, self.tau_route) for part in parts])
 
-    def weigh(self, cos, tau):
-        """Return weights (B, K) with sum 1, and their rankings (B, K), from cos(q, q_i) (B, N)."""
-        weights = (cos / tau).softmax(1)  # (B, N), w_i
-        R = len(self.above)
-        if R <= self.neighbours:  # K = R: questions with the same ranking add their weights
-            weights = torch.zeros(len(cos), R).index_add_(1, self.ranking, weights)
-            return weights, torch.arange(R).expand_as(weights)
-        weights, nearest = weights.topk(self.neighbours)  # K = neighbours
-        return sum_to_one(weights), self.ranking[nearest]
+    def worths(self, cos, tau):
+        """Return xi (B, M) from cos(q, q_i) (B, N).
 
-    def worths(self, weights, ranking, tol=1e-5):
-        """Return xi (B, M) from weights and rankings (B, K), found until no worth moves by tol.
+        The example in `learn`, with weight 1 and no prior, one step from xi = (0.2, 0.5, 0.3):
 
-        A ranking has M places, the best teacher at place 0. Example: three teachers with the scores
-        (0.5, 0.9, 0.5), weight 1, no prior, and one step from xi = (0.2, 0.5, 0.3).
-
-            by teacher  above   = [1, 0, 1]      teacher 1 is above the others, which tie
-            by place    order   = [1, 0, 2]      the teacher at the place
-                        start   = [0, 1, 1]      first place of its tie group (`above`, sorted)
-                        end     = [0, 2, 2]      last place of its tie group
-                        choices = [1, 1/2, 1/2]  won: one choice from three, half of one from two
-                        rivals  = [1, 0.5, 0.5]  sum of xi from `start` to the last place
-                        stood   = [1, 3, 3]      choices / rivals = [1, 1, 1], summed up to `end`
-            by teacher  won     = [1/2, 1, 1/2]
-                        stood   = [3, 1, 3]
-                        xi      = [1/8, 6/8, 1/8], which is won / stood = [1/6, 1, 1/6] with sum 1
+            rivals = [0.5, 1.0]       sum of xi over each set
+            stood  = [3, 1, 3]        1 / 0.5 + 1 / 1.0 for teachers 0 and 2, who are in both sets
+            xi     = [1/8, 6/8, 1/8]  won / stood = [1/6, 1, 1/6], scaled to sum 1
         """
-        M = self.above.shape[1]
-        start, order = self.above[ranking].sort(stable=True)  # (B, K, M)
-        end = torch.searchsorted(start, start, right=True) - 1
-        tied = end - start + 1  # g
-        # The lowest group makes g - 1 choices, all others g.
-        share = torch.where(end == M - 1, (tied - 1) / tied, 1.0)
-        choices = weights[:, :, None] * share
-        order = order.flatten(1)  # (B, K * M)
-
-        def by_teacher(x):  # (B, K, M) by place -> (B, M), summed over the rankings
-            return torch.zeros(len(x), M).scatter_add_(1, order, x.flatten(1))
-
-        won = by_teacher(choices) + self.prior / M
-        first = by_teacher(choices * (start == 0)) + self.prior / M
-        xi = sum_to_one(first)  # start from the share of first places
+        weights = (cos / tau).softmax(1)  # (B, N), w_i
+        won = weights @ self.won + self.prior / self.won.shape[1]  # (B, M)
+        made = weights @ self.made  # (B, S)
+        xi = sum_to_one(won)
         for _ in range(self.steps):
-            before = xi
-            x = xi.gather(1, order).view_as(choices)  # (B, K, M)
-            rivals = x.flip(2).cumsum(2).flip(2).gather(2, start)
-            stood = (choices / rivals).cumsum(2).gather(2, end)
-            stood = by_teacher(stood) + self.prior  # (B, M)
+            rivals = xi @ self.sets.T  # (B, S)
+            stood = (made / rivals) @ self.sets + self.prior  # (B, M)
             xi = sum_to_one(won / stood)
-            if (xi - before).abs().max() < tol:
-                break
         return xi
 
     def choose_tau(self, scores):
         """Return the tau whose picks score highest on training questions, each left out in turn."""
         generator = torch.Generator().manual_seed(self.seed)
-        sample = torch.randperm(len(self.q), generator=generator)[: self.sample]
-        value = dict.fromkeys(self.taus, 0.0)
-        for rows in self.split(sample):
-            cos = self.q[rows] @ self.q.T  # (B, N)
-            cos[cos > 1 - 1e-5] = -1e6  # leave out the question itself and its duplicates
-            for tau in self.taus:
-                xi = self.worths(*self.weigh(cos, tau))  # (B, M)
-                teacher = xi.argmax(1, keepdim=True)  # (B, 1)
-                picked = scores[rows].gather(1, teacher).sum()
-                expected = (xi * scores[rows]).sum()  # between equal picks, the sharper xi wins
-                value[tau] += picked + 0.05 * expected
-        return max(value, key=value.get)
+        sample = torch.randperm(len(scores), generator=generator)[: self.sample]
+        cos = self.q[sample] @ self.q.T  # (B, N)
+        cos[cos > 1 - 1e-5] = -1e6  # leave out the question itself and its duplicates
 
-    def split(self, rows):
-        """Split rows into parts of B, so that a (B, K, M) tensor of at most 2 MB stays cached."""
-        per_row = self.above[: self.neighbours].numel()  # K * M
-        return rows.split(max(1, min(256, 2**19 // per_row)))
+        scores = scores[sample]  # (B, M)
+
+        def value(tau):
+            xi = self.worths(cos, tau)  # (B, M)
+            picked = scores.gather(1, xi.argmax(1, keepdim=True)).sum()
+            expected = (xi * scores).sum()
+            return picked + 0.05 * expected  # between equal picks, the sharper xi wins
+
+        return max(self.taus, key=value)
 
 
 @dataclass
-class ClassifierRouter:
+class ClassifierRouter(Router):
     """Route by a small classifier: P(m | q) = softmax_m(MLP(q)), fitted to a target distribution.
 
     targets="soft": softmax_m(scores / temperature), as ZOOTER (Lu et al., arXiv 2311.08692) distils
@@ -870,10 +838,9 @@ class ClassifierRouter:
             return (scores / self.temperature).softmax(1)
         return best_teacher(scores)
 
-    def fit(self, embeddings, scores):
+    def learn(self, q, scores):
         """Train the MLP (`head`)."""
         generator = torch.Generator().manual_seed(self.seed)
-        self.standardize, q, scores = prepare(embeddings, scores)  # q (N, D), scores (N, M)
         target = self.target(scores)  # (N, M)
 
         # Start as the classifier that ignores q and predicts the mean target.
@@ -883,22 +850,19 @@ class ClassifierRouter:
         def loss(rows):
             return F.cross_entropy(self.head(q[rows]), target[rows])
 
-        parameters = list(self.head.parameters())
-        fit_early_stopped(parameters, loss, loss, q, self.lr, self.batch, self.steps, generator)
-        return self
+        fit_early_stopped(self, [*self.head.parameters()], loss, loss, q, generator)
 
-    @torch.no_grad()
-    def route(self, embeddings):
-        """Return P(m | q) (N, M) of embeddings (N, D)."""
-        return self.head(self.standardize(embeddings)).softmax(1)
+    def predict(self, q):
+        return self.head(q).softmax(1)
 
 
 # What the routers share: training, targets, checked input.
 
 
 @torch.no_grad()
-def fit_early_stopped(parameters, loss, validation_loss, q, lr, batch, steps, generator):
-    """Train parameters by AdamW on loss(rows), on minibatches of the rows of q (N, D).
+def fit_early_stopped(router, parameters, loss, validation_loss, q, generator):
+    """Train parameters by AdamW on loss(rows), on minibatches of the rows of q (N, D), with the
+    router's `lr`, `batch` and `steps`.
 
     15 % of the rows are kept for validation; up to 6 rows serve both purposes. Training ends when
     10 epochs in a row have not lowered validation_loss(rows) by 1e-4, or after the epoch in which
@@ -913,8 +877,8 @@ def fit_early_stopped(parameters, loss, validation_loss, q, lr, batch, steps, ge
     # A step of AdamW moves each weight by about lr. So it moves a coordinate of W q, a sum of D
     # terms of rms 1, by about lr * sqrt(D) if their signs are independent, and by lr * D at most, if
     # all agree. Make the former the same for every D.
-    lr = lr * (256 / q.shape[1]) ** 0.5
-    optimizer = torch.optim.AdamW(parameters, lr, weight_decay=0.01)
+    lr = router.lr * (256 / q.shape[1]) ** 0.5
+    optimizer = torch.optim.AdamW(parameters, lr)
     lowest = torch.inf
     stale = 0  # epochs since the lowest loss
     step = 0
@@ -925,10 +889,10 @@ def fit_early_stopped(parameters, loss, validation_loss, q, lr, batch, steps, ge
             lowest = now
             best = [p.clone() for p in parameters]
             stale = 0
-        if stale == 10 or step >= steps:
+        if stale == 10 or step >= router.steps:
             break
         shuffled = train[torch.randperm(len(train), generator=generator)]
-        for rows in shuffled.split(batch):
+        for rows in shuffled.split(router.batch):
             optimizer.zero_grad()
             with torch.enable_grad():
                 loss(rows).backward()
@@ -950,18 +914,19 @@ def sum_to_one(x):
     return x / x.sum(1, keepdim=True)
 
 
+@torch.no_grad()
 def mlp(D, hidden, output, generator):
-    """Return a two-layer MLP of inputs (B, D) that starts at this output, whatever the input."""
-    first = torch.normal(0.0, D**-0.5, (hidden, D), generator=generator)
-    last = torch.zeros(len(output), hidden)
-    return nn.Sequential(linear(first, torch.zeros(hidden)), nn.GELU(), linear(last, output))
+    """Return a two-layer MLP of inputs (B, D) that starts at this output, whatever the input.
 
-
-def linear(weight, bias):
-    """Return the layer x -> x W^T + b. Unlike nn.Linear(...), this draws no random numbers."""
-    layer = skip_init(nn.Linear, *weight.T.shape)
-    layer.load_state_dict({"weight": weight, "bias": bias})
-    return layer
+    skip_init: nn.Linear(...) alone would draw from the global random numbers.
+    """
+    first = skip_init(nn.Linear, D, hidden)
+    first.weight.normal_(0, D**-0.5, generator=generator)
+    first.bias.zero_()
+    last = skip_init(nn.Linear, hidden, len(output))
+    last.weight.zero_()
+    last.bias.copy_(output)
+    return nn.Sequential(first, nn.GELU(), last)
 
 
 class Standardize:
@@ -973,34 +938,21 @@ class Standardize:
     """
 
     def __init__(self, embeddings):
-        embeddings = check_matrix(embeddings, "embeddings")
-        self.mean = embeddings.mean(0, dtype=torch.float64)  # (D,)
-        self.scale = 1.0  # until the rms is known
-        rms = self(embeddings).square().mean().sqrt()
-        noise = 1e-6 * self.mean.abs().max().item() + 1e-30  # what rms can be if all rows are equal
-        self.scale = rms.clamp(min=noise)
+        q = check_matrix(embeddings, "embeddings")
+        self.mean = q.mean(0, dtype=torch.float64).float()  # (D,)
+        noise = 1e-6 * self.mean.abs().max() + 1e-30  # what rms can be if all rows are equal
+        self.scale = (q - self.mean).square().mean().sqrt().clamp(min=noise)
 
     def __call__(self, embeddings):
-        embeddings = check_matrix(embeddings, "embeddings")
-        if embeddings.shape[1] != len(self.mean):
-            raise ValueError(f"embeddings have D = {embeddings.shape[1]}, fit had {len(self.mean)}")
-        centred = embeddings - self.mean.to(embeddings.dtype)
-        return centred.float() / self.scale
-
-
-def prepare(embeddings, scores):
-    """Return a Standardize, its q (N, D) and scores (N, M) in float32, or raise ValueError."""
-    standardize = Standardize(embeddings)
-    scores = check_matrix(scores, "scores").float()
-    if len(scores) != len(embeddings) or scores.shape[1] < 2:
-        raise ValueError(f"scores must be ({len(embeddings)}, M >= 2), got {tuple(scores.shape)}")
-    return standardize, standardize(embeddings), scores
+        q = check_matrix(embeddings, "embeddings")
+        if q.shape[1] != len(self.mean):
+            raise ValueError(f"embeddings have D = {q.shape[1]}, fit had {len(self.mean)}")
+        return (q - self.mean) / self.scale
 
 
 def check_matrix(x, name):
-    """Return x (N, D) as a float tensor on the CPU, or raise ValueError."""
-    x = torch.as_tensor(x).detach().cpu()
-    x = x.to(torch.promote_types(x.dtype, torch.float32))
+    """Return x (N, D) in float32 on the CPU, or raise ValueError."""
+    x = torch.as_tensor(x).float().cpu()
     if x.ndim != 2 or x.numel() == 0 or not x.isfinite().all():
         raise ValueError(f"{name} must be 2-D, not empty, all finite; got shape {tuple(x.shape)}")
     return x
