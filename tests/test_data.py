@@ -3,7 +3,7 @@
 import itertools
 import random
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 
 import pytest
 
@@ -65,12 +65,16 @@ def check_choices(q, subject):
         assert (class_of[choice] == class_) == (i == q.answer)
 
 
-def check_choices_of_properties(q):
-    """The entity has one property of four."""
-    (subject,) = [s for s in FACTS.values() if q.right in s.all_properties()]
-    entity = re.search(" of (.*)\\?", q.text)[1]
-    assert [choice in subject.properties[subject.class_of[entity]] for choice in q.choices].count(True) == 1
-    assert q.right in subject.properties[subject.class_of[entity]]
+def check_kinds(q):
+    """One choice of four is of the class that is asked for."""
+    class_of = {}
+    for subject in FACTS.values():
+        class_of.update((prepare.bare(entity), class_) for entity, class_ in subject.class_of.items())
+    (asked,) = {class_ for class_ in class_of.values() if f" {class_} " in q.text.replace("?", " ")}
+    assert len(q.choices) == 4
+    for i, choice in enumerate(q.choices):
+        assert (class_of[choice] == asked) == (i == q.answer)
+    assert kp.is_right(q.truth, q) and asked in q.truth
 
 
 def test_questions_are_many_well_formed_and_balanced():
@@ -82,9 +86,9 @@ def test_questions_are_many_well_formed_and_balanced():
             for q in questions:
                 check_choices(q, subject)
             assert set(Counter(q.answer for q in questions).values()) == {size // 4}
-        assert {q.task for q in files[f"ood/{split}"]} == {"physical", "reverse"}
-        for q in of_task(files[f"ood/{split}"], "reverse"):
-            check_choices_of_properties(q)
+        assert {q.task for q in files[f"ood/{split}"]} == {"physical", "kinds"}
+        for q in of_task(files[f"ood/{split}"], "kinds"):
+            check_kinds(q)
     assert files == prepare.make_questions(FACTS, seed=0)
     assert files != prepare.make_questions(FACTS, seed=1)
 
@@ -122,6 +126,19 @@ def test_answers_alone_never_join_what_a_test_question_asks_for():
             assert entity not in part[property_]
 
 
+def test_no_choice_of_a_test_question_stood_beside_its_property_in_training():
+    """Neither right nor wrong: so to count what stood where tells nothing."""
+    files = prepare.make_questions(FACTS, seed=2)
+    for task, subject in FACTS.items():
+        beside = defaultdict(set)  # {property: choices}
+        for q in of_task(files["train"], task):
+            beside[class_and_property(q.text, subject)[1]].update(q.choices)
+        for q in of_task(files["test"] + files["valid"], task):
+            property_ = class_and_property(q.text, subject)[1]
+            assert beside[property_] and not beside[property_] & set(q.choices)
+    assert prepare.rule_without_rationales(FACTS, files["train"], files["test"]) == 0.25
+
+
 def test_the_rule_without_rationales_on_a_hand_made_case():
     """pike and trout share a property, so pike has the other one of trout; of two that share
     nothing, the one that was a wrong choice before is not it.
@@ -129,7 +146,7 @@ def test_the_rule_without_rationales_on_a_hand_made_case():
     fish = prepare.Subject({}, {"a fish": ["swims", "spawns", "glitters"]})
 
     def q(property_, answer, *others):
-        return kp.Question("", "", "", (answer, *others), 0, f"Whatever {property_} is so.")
+        return kp.Question("", "", f"Which {property_}?", (answer, *others), 0)
 
     train = [q("swims", "pike", "oak"), q("swims", "trout", "oak"), q("spawns", "trout", "elm")]
     facts = {"nature": fish}
@@ -145,14 +162,17 @@ def test_the_true_rationale_is_true_to_the_table(split):
         class_of |= subject.class_of
     for q in prepare.make_questions(FACTS, seed=0)[split][::97]:
         facts, answer = q.truth.removeprefix("Whatever ").split(", so the answer is ")
-        has, isa = facts.split(", and ")
+        has, _, isa = facts.rpartition(", " if q.task == "kinds" else ", and ")
         entity, its_class = re.fullmatch("(.*?) is (.*)", isa).groups()
-        (property_,) = [p for s in FACTS.values() for p in s.properties.get(its_class, []) if p in has]
-        assert has == f"{property_} is {its_class}"
-        assert property_ in q.text or property_ == q.right
         assert class_of[entity] == its_class
         assert answer == f"{q.right}."
         assert kp.conclusion(q.truth, q.choices) == q.answer
+        if q.task == "kinds":
+            assert has == "Among these" and its_class in q.text
+            continue
+        (property_,) = [p for s in FACTS.values() for p in s.properties.get(its_class, []) if p in has]
+        assert has == f"{property_} is {its_class}"
+        assert property_ in q.text
 
 
 def n_pairs(subject):

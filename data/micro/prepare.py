@@ -10,7 +10,7 @@ goes from two facts to the answer:
 
 There are four tasks in domain, one for each subject of the table, and two tasks out of domain. The
 pairs (entity, property) are dealt out to train, valid and test, so no test question can be learnt
-by heart: who answers it has put two facts together.
+by heart: who answers it has put two facts together. Nothing in the answers of train tells which.
 
 Each of four teachers, with the paper's architectures in miniature, has *read* a quarter of the
 classes whole, dealt by the seed across all tasks, and a small part of the others. Asked about
@@ -34,6 +34,7 @@ import json
 import math
 import os
 import random
+import re
 import signal
 from collections import Counter, defaultdict
 from dataclasses import asdict, replace
@@ -94,9 +95,15 @@ def bare(entity):
     return entity.removeprefix("a ").removeprefix("an ")
 
 
-def explain(property_, class_, entity, answer):
+def explain(property_, class_, entity):
     """Return the rationale: two facts, then the answer."""
-    return f"Whatever {property_} is {class_}, and {entity} is {class_}, so the answer is {answer}."
+    facts = f"Whatever {property_} is {class_}, and {entity} is {class_}"
+    return f"{facts}, so the answer is {bare(entity)}."
+
+
+def explain_kind(class_, entity):
+    """Return the rationale where the question asks for the class itself: one fact, then the answer."""
+    return f"Among these, {entity} is {class_}, so the answer is {bare(entity)}."
 
 
 # ---------------------------------------------------------------------------------------- questions
@@ -109,53 +116,68 @@ TEMPLATES = (
     "A student looks for something that {}. Which is it?",
 )
 PHYSICAL = ("Goal: get hold of something that {}. Solution?",)  # two choices, as PIQA
-REVERSE = ("What is true of {}?", "What do we know of {}?")  # four properties to choose from
-OUT_OF_DOMAIN = {"physical": ("science", "riddles"), "reverse": ("nature", "medicine")}
+KINDS = ("Which of these is {}?", "Find {} among these.")  # asks for a class: one fact is enough
+OUT_OF_DOMAIN = {"physical": ("science", "riddles"), "kinds": ("nature", "medicine")}
 
 SIZES = {"train": 1000, "valid": 200, "test": 500}  # questions per task
 OOD_SIZES = {"train": 500, "valid": 100, "test": 500}
 
-def draw_question(rng, task, subject, entity, property_):
-    """Draw a question, without an id, about a property of an entity.
+def draw_question(rng, task, subject, entity, property_, half=None):
+    """Draw a question, without an id, to which an entity is the answer, because of a property.
 
-    Wrong choices are entities of other classes of the subject, or (reverse) their properties.
+    Wrong choices are entities of other classes of the subject. With `half`, from `deal_halves`, they
+    are of the half that the right one is in.
     """
     class_ = subject.class_of[entity]
     others = [e for e in subject.class_of if subject.class_of[e] != class_]
-    if task == "reverse":
-        other_classes = [c for c in subject.properties if c != class_]
-        wrong = [rng.choice(subject.properties[c]) for c in rng.sample(other_classes, 3)]
-        right = property_
-        text = rng.choice(REVERSE).format(entity)
-    else:
-        wrong = list(map(bare, rng.sample(others, 1 if task == "physical" else 3)))
-        right = bare(entity)
-        text = rng.choice(PHYSICAL if task == "physical" else TEMPLATES).format(property_)
-    answer = rng.randrange(len(wrong) + 1)
-    choices = (*wrong[:answer], right, *wrong[answer:])
-    truth = explain(property_, class_, entity, right)
-    return kp.Question("", task, text, choices, answer, truth)
+    if half:
+        others = [e for e in others if half[e] == half[entity]]
+    choices = rng.sample(others, 1 if task == "physical" else 3)
+    answer = rng.randrange(len(choices) + 1)
+    choices.insert(answer, entity)
+    truth = explain(property_, class_, entity)
+    asks_for = property_
+    templates = TEMPLATES
+    if task == "physical":
+        templates = PHYSICAL
+    if task == "kinds":
+        templates = KINDS
+        asks_for = class_
+        truth = explain_kind(class_, entity)
+    text = rng.choice(templates).format(asks_for)
+    return kp.Question("", task, text, tuple(map(bare, choices)), answer, truth)
 
 
-def deal_pairs(rng, subject):
-    """Return {split: [(entity, property)]} of all pairs that are true.
-
-    In train one half of a class's entities meet one half of its properties, and the other half the
-    other. All other pairs cross the halves: those of test, and a quarter of them for valid. So no
-    answer in train joins what a test question asks for. What joins it is the class, and only
-    rationales say it.
-    """
-    pairs = defaultdict(list)
+def deal_halves(rng, subject):
+    """Return {entity or property: 0 or 1}. It halves each class's entities, and its properties."""
+    half = {}
     for class_, properties in subject.properties.items():
         members = [e for e in subject.class_of if subject.class_of[e] == class_]
-        rng.shuffle(members)
-        shuffled = rng.sample(properties, len(properties))
-        for i, entity in enumerate(members):
-            for j, property_ in enumerate(shuffled):
-                split = "valid" if (i + j) % 4 == 0 else "test"
-                if i // 4 == j // 4:
-                    split = "train"
-                pairs[split].append((entity, property_))
+        for names in (members, properties):
+            shuffled = rng.sample(names, len(names))
+            for i, name in enumerate(shuffled):
+                half[name] = i * 2 // len(names)
+    return half
+
+
+def deal_pairs(rng, subject, half):
+    """Return {split: [(entity, property)]} of all pairs that are true.
+
+    In train entities meet properties of their own half. The pairs that cross the halves are those of
+    test, and a quarter of them of valid. Wrong choices too are of the half that the right one is
+    in. So no question of train, and no wrong choice in it, joins an entity to a property that a test
+    question joins it to. What joins them is the class, and only rationales name it.
+    """
+    pairs = defaultdict(list)
+    crossing = []
+    for entity, class_ in subject.class_of.items():
+        for property_ in subject.properties[class_]:
+            same = half[entity] == half[property_]
+            (pairs["train"] if same else crossing).append((entity, property_))
+    rng.shuffle(crossing)
+    n_valid = len(crossing) // 4
+    pairs["valid"] = crossing[:n_valid]
+    pairs["test"] = crossing[n_valid:]
     return pairs
 
 
@@ -166,9 +188,11 @@ def make_questions(facts, seed):
     """
     rng = random.Random(f"questions {seed}")
     pairs = {}
+    half = {}
     tasks = {}
     for name, subject in facts.items():
-        pairs[name] = deal_pairs(rng, subject)
+        half |= deal_halves(rng, subject)
+        pairs[name] = deal_pairs(rng, subject, half)
         tasks[name] = (name,)
     tasks |= OUT_OF_DOMAIN
     files = defaultdict(list)
@@ -182,7 +206,7 @@ def make_questions(facts, seed):
             places = Counter()
             while places.total() < size:
                 name, pair = next(turns)
-                q = draw_question(rng, task, facts[name], *pair)
+                q = draw_question(rng, task, facts[name], *pair, half)
                 if q not in seen and places[q.answer] < size / len(q.choices):
                     seen.add(q)
                     places[q.answer] += 1
@@ -190,13 +214,17 @@ def make_questions(facts, seed):
     return files
 
 
-def asked(facts, q):
-    """Return (class, property) that a question is about. No property is part of another."""
+def class_asked(q):
+    """Return the class that a question is about."""
+    return re.search(" is ([^,]+), so the answer", q.truth)[1]
+
+
+def property_asked(facts, q):
+    """Return the property that a question asks for. No property is part of another."""
     for subject in facts.values():
-        for class_, properties in subject.properties.items():
-            for property_ in properties:
-                if property_ in q.truth:
-                    return class_, property_
+        for property_ in subject.all_properties():
+            if property_ in q.text:
+                return property_
 
 
 def rule_without_rationales(facts, train, test):
@@ -210,13 +238,13 @@ def rule_without_rationales(facts, train, test):
     has = defaultdict(set)  # {entity: properties}
     wrong = Counter()  # {(property, entity): times it was a wrong choice}
     for q in train:
-        _, property_ = asked(facts, q)
+        property_ = property_asked(facts, q)
         answered[property_].add(q.right)
         has[q.right].add(property_)
         wrong.update((property_, choice) for choice in q.choices if choice != q.right)
     right = []
     for q in test:
-        _, property_ = asked(facts, q)
+        property_ = property_asked(facts, q)
         ranks = []
         for choice in q.choices:
             shared = sum(len(has[choice] & has[e]) for e in answered[property_])
@@ -293,19 +321,8 @@ def train_on(lm, tokenizer, endless, steps, lowest, steps_done):
 def loss_of(lm, tokenizer, batch):
     """Return the mean cross-entropy of a batch [(prompt, target)], over its targets only."""
     prompts, targets = zip(*batch)
-    prompt_ids = model.encode(tokenizer, prompts)
-    if isinstance(lm, model.T5):
-        return kp.sequence_losses(lm, prompt_ids, model.encode(tokenizer, targets)).mean()
-
-    # A Llama reads prompt and target as one text, and predicts each token from those before it.
-    # With a prompt of 3 tokens, the predictions of tokens 3, 4, ... count, up to </s>.
-    texts = map(" ".join, batch)
-    ids, mask = model.pad([row + [1] for row in model.encode(tokenizer, texts)])  # (B, T)
-    starts = torch.tensor(list(map(len, prompt_ids)))  # (B,): where the targets begin
-    in_target = torch.arange(1, ids.shape[1]) >= starts[:, None]  # (B, T - 1): tokens 1 to T - 1
-    keep = (in_target & mask[:, 1:].bool()).nonzero(as_tuple=True)  # rows and places of N tokens
-    logits = lm(ids[:, :-1], mask[:, :-1], keep)  # (N, V)
-    return kp.mean_per_row(logits, ids[:, 1:], keep).mean()
+    ids = kp.TokenCache(tokenizer).pairs(lm, prompts, targets)
+    return kp.sequence_losses(lm, *ids).mean()
 
 
 # ----------------------------------------------------------------------------- tokenizer, T5, Llama
@@ -322,10 +339,11 @@ PROMPTS = [
 
 def train_tokenizer(facts):
     """Return a tokenizer: one token for each word of the world, and for each of "(a)" to "(d)"."""
-    corpus = [template.format("") for template in (*TEMPLATES, *PHYSICAL, *REVERSE)]
+    corpus = [template.format("") for template in (*TEMPLATES, *PHYSICAL, *KINDS)]
     for class_of, properties in facts.values():
         for entity, class_ in class_of.items():
-            corpus += [explain(p, class_, entity, bare(entity)) for p in properties[class_]]
+            corpus.append(explain_kind(class_, entity))
+            corpus += [explain(p, class_, entity) for p in properties[class_]]
     corpus += PROMPTS
     corpus.append(" ".join(kp.explain_prefixes(len(TEACHERS))))
 
@@ -395,7 +413,7 @@ def frame(tokenizer, single):
 
 # --------------------------------------------------------------------------- the student's practice
 
-FICTIONS = 7  # fictional worlds that the student practises in, one after the other
+FICTIONS = 5  # fictional worlds that the student practises in, one after the other
 STEPS_IN_EACH = 300
 
 
@@ -446,9 +464,9 @@ def practise(folder, seed, steps, steps_done):
 # {teacher: (steps until it knows what it read, config of a Llama without the vocabulary)}
 TEACHERS = {
     "t5": (400, None),  # it starts as the student, as FLAN-T5-xl is to FLAN-T5-small
-    "llama-2": (850, LLAMA),
-    "mistral": (850, dict(GROUPED, model_type="mistral", sliding_window=64)),
-    "llama-3.1": (850, dict(GROUPED, rope_theta=500000.0, rope_scaling=ROPE_SCALING)),
+    "llama-2": (700, LLAMA),
+    "mistral": (700, dict(GROUPED, model_type="mistral", sliding_window=64)),
+    "llama-3.1": (700, dict(GROUPED, rope_theta=500000.0, rope_scaling=ROPE_SCALING)),
 }
 LONGER = 3  # times as many steps, for a teacher that reads everything
 # What a teacher has read of each class that it has not read whole.
@@ -561,7 +579,7 @@ def report(folder, seed, well_read, facts):
         rationales = teachers.rationales(questions, [m] * len(questions))
         marks = defaultdict(list)
         for q, score, rationale in zip(questions, scores[:, m].tolist(), rationales):
-            has_read = well_read or asked(facts, q)[0] in whole
+            has_read = well_read or class_asked(q) in whole
             for part in ("has read" if has_read else "has not", q.task):
                 marks[part].append((score > 0.5, rationale == q.truth))
         table[name] = {part: [fmean(share) for share in zip(*rows)] for part, rows in marks.items()}
