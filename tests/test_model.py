@@ -222,18 +222,20 @@ def test_t5_without_a_stored_head_opens_in_transformers(tmp_path):
 
 def test_relative_position_buckets_written_out():
     """32 buckets up to distance 128 (T5's own): exact below 8 (16), then 8 (16) logarithmic steps, then the last."""
-    both = model.relative_position_buckets(300, 300, True, 32, 128)
+    places = torch.arange(300)
+    distance = places - places[:, None]
+    both = model.relative_position_buckets(distance, True, 32, 128)
     assert both[0, [0, 1, 7, 8, 11, 12, 15, 16, 22, 23, 31, 32, 45, 46, 63, 64, 90, 91, 127, 299]].tolist() == [
         0, 17, 23, 24, 24, 25, 25, 26, 26, 27, 27, 28, 28, 29, 29, 30, 30, 31, 31, 31]
     assert torch.equal(both.T[0, 1:], both[0, 1:] - 16)  # keys behind take the lower half
-    causal = model.relative_position_buckets(300, 300, False, 32, 128)
+    causal = model.relative_position_buckets(distance, False, 32, 128)
     at = [299, 298, 284, 283, 279, 278, 200, 172, 171, 0]
     assert causal[299, at].tolist() == [0, 1, 15, 16, 17, 18, 30, 31, 31, 31]
     assert causal[0, 1:].eq(0).all()  # what the mask hides
 
 
 def test_rope_frequencies_written_out():
-    close(model.rope_frequencies(8, 10000.0), torch.tensor([1.0, 0.1, 0.01, 0.001]), atol=1e-8)
+    close(model.rope_frequencies(8, 10000.0, {}), torch.tensor([1.0, 0.1, 0.01, 0.001]), atol=1e-8)
     scaling = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
                "original_max_position_embeddings": 64}
     # theta 500: wavelengths 6.28 (kept), 29.7 (between 64/4 and 64/1), 140.5 and 664 (slowed 8 times)
@@ -247,14 +249,16 @@ def test_rope_frequencies_written_out():
 
 def test_rotation_written_out_and_scores_depend_on_distance_alone():
     x = torch.tensor([1.0, 2.0, 3.0, 4.0]).view(1, 1, 1, 4)  # pairs (1, 3) and (2, 4), turned by a quarter and a half
-    quarter_half = model.rotations(torch.tensor([1]), torch.tensor([math.pi / 2, math.pi]), torch.float32)
+    angles = torch.tensor([[-math.pi / 2, -math.pi, math.pi / 2, math.pi]])
+    quarter_half = (angles.cos(), angles.sin())
     close(model.rotate(x, *quarter_half)[0, 0, 0], torch.tensor([-3.0, -2.0, 1.0, -4.0]), atol=1e-6)
 
     q, k = torch.randn(2, 1, 1, 1, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    frequencies = model.rope_frequencies(8, 10000.0).double()
+    frequencies = model.rope_frequencies(8, 10000.0, {}).double()
 
     def turn(x, place):
-        return model.rotate(x, *model.rotations(torch.tensor([place]), frequencies, x.dtype))
+        angles = place * torch.cat((-frequencies, frequencies))
+        return model.rotate(x, angles.cos(), angles.sin())
 
     def score(m, n):
         return (turn(q, m) * turn(k, n)).sum().item()
@@ -264,8 +268,23 @@ def test_rotation_written_out_and_scores_depend_on_distance_alone():
 
 
 def test_causal_window_written_out():
-    assert model.causal(2, 4, "cpu").int().tolist() == [[1, 1, 1, 0], [1, 1, 1, 1]]
-    assert model.causal(2, 4, "cpu", window=2).int().tolist() == [[0, 1, 1, 0], [0, 0, 1, 1]]
+    lm, _, _, _ = load("llama-2")
+    tokens = torch.tensor([[True] * 4, [False] + [True] * 3])
+    lm.c.sliding_window = None
+    assert lm.mask(tokens, 2)[:, 0].int().tolist() == [[[1, 1, 1, 0], [1, 1, 1, 1]], [[0, 1, 1, 0], [0, 1, 1, 1]]]
+    assert lm.mask(tokens, 4)[1, 0, 0].int().tolist() == [1, 0, 0, 0]  # padding sees itself
+    lm.c.sliding_window = 2
+    assert lm.mask(tokens, 2)[:, 0].int().tolist() == [[[0, 1, 1, 0], [0, 0, 1, 1]]] * 2
+
+
+@torch.no_grad()
+def test_t5_position_bias_of_the_last_queries():
+    """The decoder may look at itself and behind, and a step's bias is the last rows of the whole."""
+    lm, _, _, _ = load("t5")
+    whole = lm.decoder.position_bias(9, 9)
+    assert whole.isinf().int()[0].tolist() == torch.ones(lm.c.num_heads, 9, 9).triu(1).int().tolist()
+    assert torch.equal(lm.decoder.position_bias(2, 9), whole[:, :, 7:])
+    assert lm.encoder.position_bias(9, 9).isfinite().all()
 
 
 def test_t5_dropout_only_in_training():
@@ -316,8 +335,7 @@ def test_logits_of_the_tokens_to_keep_alone():
 
 
 def test_t5_trains_after_inference_mode():
-    """The table of position buckets is kept between calls: it must not be born an inference tensor."""
-    model.relative_position_buckets.cache_clear()
+    """Nothing that is kept between calls may be born an inference tensor."""
     lm, _, golden, rows = load("t5")
     with torch.inference_mode():
         lm(*pad(rows, "right"), golden["decoder"])
@@ -703,6 +721,7 @@ def mute_bpe(vocab, unk_token):
 
 Q = "model.layers.1.self_attn.q_proj.weight"
 CLAIM = b'{"a":{"dtype":"F32","shape":[1000000000],"data_offsets":[0,4000000000]}}'
+TORN = "model.safetensors: not readable as safetensors: damaged, or not a whole safetensors file"
 MAP, SHARD, INFINITE = "weight_map", "model-00001-of-00004.safetensors", f"tensor {Q} holds NaN or infinite numbers"
 BAD = {  # what is done to a copy of a fixture: (fixture, change of the folder, words of the message)
     "missing folder": ("llama-2", shutil.rmtree, "no such folder"),
@@ -724,10 +743,10 @@ BAD = {  # what is done to a copy of a fixture: (fixture, change of the folder, 
                      "only pickled weights (pytorch_model.bin), which can run code; convert"),
     "no weights": ("llama-2", lambda d: (d / "model.safetensors").unlink(), "no model.safetensors; convert"),
     "truncated": ("llama-2", lambda d: (d / "model.safetensors").write_bytes(
-        (d / "model.safetensors").read_bytes()[:-100]), "model.safetensors: not a whole safetensors file"),
-    "empty": ("llama-2", lambda d: (d / "model.safetensors").write_bytes(b""), "model.safetensors: not a whole"),
-    "long header": ("llama-2", lambda d: raw_header(d, 10**15, b"{}"), "model.safetensors: not a whole"),
-    "header claims more": ("llama-2", lambda d: raw_header(d, len(CLAIM), CLAIM), "model.safetensors: not a whole"),
+        (d / "model.safetensors").read_bytes()[:-100]), TORN),
+    "empty": ("llama-2", lambda d: (d / "model.safetensors").write_bytes(b""), TORN),
+    "long header": ("llama-2", lambda d: raw_header(d, 10**15, b"{}"), TORN),
+    "header claims more": ("llama-2", lambda d: raw_header(d, len(CLAIM), CLAIM), TORN),
     "missing shard": ("llama-3.1", lambda d: (d / "model-00002-of-00004.safetensors").unlink(),
                       "index.json: names 'model-00002-of-00004.safetensors', which is not in the folder; download"),
     "index a list": ("llama-3.1", lambda d: index(d, lambda v: [v]), "index.json: has no weight_map"),
