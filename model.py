@@ -1,4 +1,4 @@
-"""Transformers from scratch: T5, Llama (Llama-2, Llama-3.x, Mistral) and BERT, in plain PyTorch.
+"""Transformers from scratch: T5, Llama (also Mistral, Qwen2, Qwen3) and BERT, in plain PyTorch.
 
 Knowledge purification needs decoder-only and encoder-decoder teachers, an encoder-decoder student,
 and a sentence encoder for the routers. Modules have the names that they have in Hugging Face
@@ -7,9 +7,9 @@ Llama, Bert; the key-value cache and greedy generation; sentence vectors; `load`
 and errors; a faster matrix product for CPUs.
 
 References: T5 (arXiv 1910.10683), gated feed-forward (2002.05202), LLaMA (2302.13971), Llama 3
-(2407.21783), Mistral (2310.06825), RoPE (2104.09864), grouped queries (2305.13245), BERT
-(1810.04805). Left out: beam search and sampling (the method needs one repeatable rationale),
-quantised weights, and every model that is not named here.
+(2407.21783), Mistral (2310.06825), Qwen2 (2407.10671), Qwen3 (2505.09388), RoPE (2104.09864),
+grouped queries (2305.13245), BERT (1810.04805). Left out: beam search and sampling (the method
+needs one repeatable rationale), quantised weights, and every model that is not named here.
 
 Letters in shapes: B rows, T tokens (S where others attend to them), D width of the model, H heads,
 Dh width of a head, V vocabulary.
@@ -49,8 +49,8 @@ class Model(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.config = checked(config, self.DEFAULTS)
-        self.c = SimpleNamespace(**self.config)  # the same, as c.vocab_size
+        self.c = SimpleNamespace(**checked(config, self.DEFAULTS))
+        self.config = vars(self.c)  # the same, as a dict
 
     @torch.no_grad()
     def generate(self, input_ids, attention_mask, max_new_tokens):
@@ -87,13 +87,14 @@ class Model(nn.Module):
 
 
 class Linear(nn.Linear):
-    """y = x W^T, without a bias. `linear`, at the end of this file, picks the faster product."""
+    """y = x W^T, or x W^T + b. `linear`, at the end of this file, picks the faster product."""
 
-    def __init__(self, d_in, d_out):
-        super().__init__(d_in, d_out, bias=False)
+    def __init__(self, d_in, d_out, bias=False):
+        super().__init__(d_in, d_out, bias)
 
     def forward(self, x):
-        return linear(x, self.weight)
+        y = linear(x, self.weight)
+        return y if self.bias is None else y + self.bias
 
 
 def parts(**modules):
@@ -371,7 +372,10 @@ def rotate(x, cos, sin):
 
 
 class LlamaLayer(nn.Module):
-    """h + attention(norm(h)), then h + SwiGLU(norm(h)). Query heads may share a key-value head."""
+    """h + attention(norm(h)), then h + SwiGLU(norm(h)). Query heads may share a key-value head.
+
+    Qwen2 adds biases to queries, keys and values. Qwen3 normalises each head's queries and keys.
+    """
 
     def __init__(self, c):
         super().__init__()
@@ -382,11 +386,15 @@ class LlamaLayer(nn.Module):
         self.width = c.head_dim
         self.input_layernorm = nn.RMSNorm(D, c.rms_norm_eps)
         self.post_attention_layernorm = nn.RMSNorm(D, c.rms_norm_eps)
+        bias = c.attention_bias or c.model_type == "qwen2"
         self.self_attn = parts(
-            q_proj=Linear(D, d_q),
-            k_proj=Linear(D, d_kv),
-            v_proj=Linear(D, d_kv),
-            o_proj=Linear(d_q, D))
+            q_proj=Linear(D, d_q, bias),
+            k_proj=Linear(D, d_kv, bias),
+            v_proj=Linear(D, d_kv, bias),
+            o_proj=Linear(d_q, D, c.attention_bias))
+        if c.model_type == "qwen3":
+            self.self_attn.q_norm = nn.RMSNorm(c.head_dim, c.rms_norm_eps)
+            self.self_attn.k_norm = nn.RMSNorm(c.head_dim, c.rms_norm_eps)
         self.mlp = parts(
             gate_proj=Linear(D, inner),
             up_proj=Linear(D, inner),
@@ -398,6 +406,9 @@ class LlamaLayer(nn.Module):
         x = self.input_layernorm(h)
         projections = attention.q_proj, attention.k_proj, attention.v_proj
         q, k, v = (split_heads(projection(x), self.width) for projection in projections)
+        if "q_norm" in attention:
+            q = attention.q_norm(q)
+            k = attention.k_norm(k)
         q = rotate(q, *rotation)
         k, v = cache.append(i, rotate(k, *rotation), v)
         grouped = q.shape[1] != k.shape[1]
@@ -408,13 +419,16 @@ class LlamaLayer(nn.Module):
 
 
 class Llama(Model):
-    """Decoder-only: Llama-2, Llama-3.x (grouped queries, scaled RoPE), Mistral (sliding window)."""
+    """Decoder-only: Llama-2, Llama-3.x (grouped queries, scaled RoPE), Mistral (sliding window),
+    Qwen2, Qwen2.5 and Qwen3 (without a sliding window).
+    """
 
     DEFAULTS = dict(
         model_type="llama", vocab_size=32000, hidden_size=4096, intermediate_size=11008,
         num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=None, head_dim=None,
-        rope_theta=10000.0, sliding_window=None, hidden_act="silu", rms_norm_eps=1e-6,
-        initializer_range=0.02, tie_word_embeddings=False, pad_token_id=None, eos_token_id=2)
+        attention_bias=False, rope_theta=10000.0, sliding_window=None, hidden_act="silu",
+        rms_norm_eps=1e-6, initializer_range=0.02, tie_word_embeddings=False, pad_token_id=None,
+        eos_token_id=2)
 
     def __init__(self, config):
         config = dict(config)
@@ -430,6 +444,9 @@ class Llama(Model):
         c.head_dim = c.head_dim or c.hidden_size // c.num_attention_heads
         require(c.head_dim % 2 == 0, f"head_dim must be even, not {c.head_dim}")
         require(c.hidden_act == "silu", f"hidden_act must be 'silu', not {c.hidden_act!r}")
+        if c.model_type in ("qwen2", "qwen3"):  # they give a window and do not mean it
+            require(not config.get("use_sliding_window"), "use_sliding_window must be false")
+            c.sliding_window = None
         frequencies = rope_frequencies(c.head_dim, c.rope_theta, rope)
         # For `rotate`, where the sine of the first half is negative; the cosine has no sign.
         self.frequencies = torch.cat((-frequencies, frequencies))  # (Dh,)
@@ -656,6 +673,8 @@ ARCHITECTURES = {  # by config.json's model_type: the class here, and its name i
     "t5": (T5, "T5ForConditionalGeneration"),
     "llama": (Llama, "LlamaForCausalLM"),
     "mistral": (Llama, "MistralForCausalLM"),
+    "qwen2": (Llama, "Qwen2ForCausalLM"),
+    "qwen3": (Llama, "Qwen3ForCausalLM"),
     "bert": (Bert, "BertModel"),
 }
 IGNORED = (  # what some checkpoints store besides

@@ -19,7 +19,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 import model
 
 FIXTURES = ROOT / "tests" / "fixtures"
-DECODERS = ["llama-2", "llama-3.1", "llama-3.2", "mistral-window", "mistral"]
+DECODERS = ["llama-2", "llama-3.1", "llama-3.2", "mistral-window", "mistral", "llama-bias", "qwen2", "qwen3"]
 ENCODER_DECODERS = ["t5", "flan-t5"]
 N = 5  # rows of every fixture, of different lengths
 
@@ -138,8 +138,9 @@ def test_onednn_products_and_gradients(monkeypatch):
     test_bert_hidden_states_and_embeddings()
 
 
-def test_llama_31_stops_at_each_of_its_end_tokens():
-    lm, _, golden, rows = load("llama-3.1")
+@pytest.mark.parametrize("name", ["llama-3.1", "qwen3"])
+def test_stops_at_each_of_its_end_tokens(name):
+    lm, _, golden, rows = load(name)
     ends = {r[-1] for r in trimmed(golden["generated"], lm.config["eos_token_id"])}
     assert set(lm.config["eos_token_id"]) <= ends and len(lm.config["eos_token_id"]) == 2
 
@@ -583,6 +584,15 @@ def test_load_ignores_what_checkpoints_store_for_nothing(name, extra, tmp_path):
     assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
 
+def test_what_is_saved_says_the_heads_sizes_and_no_window_that_qwen_does_not_mean(tmp_path):
+    """transformers takes `head_dim: null` of a Qwen2 at its word."""
+    lm, tokenizer, _, _ = load("qwen2")
+    model.save(lm, tokenizer, tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["head_dim"] == 4 and config["num_key_value_heads"] == 2 and config["sliding_window"] is None
+    assert config["architectures"] == ["Qwen2ForCausalLM"]
+
+
 def test_load_reads_bert_with_the_prefix_of_its_heads(tmp_path):
     folder = copy("bert", tmp_path)
     weights(folder, lambda t: [t.update({f"bert.{key}": t.pop(key)}) for key in list(t)])
@@ -787,6 +797,7 @@ SETTINGS = {  # of config.json, refused by their name before memory is taken for
     "t5": (
         ("num_layers", 10**9), ("d_model", 10**9), ("num_heads", "3"), ("d_kv", -6),
         ("num_decoder_layers", 10**8), ("dropout_rate", 2)),
+    "qwen2": (("use_sliding_window", True), ("attention_bias", 1)),
     "bert": (("num_attention_heads", 3), ("hidden_size", 10**9), ("max_position_embeddings", -1)),
 }
 for name, settings in SETTINGS.items():
