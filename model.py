@@ -33,6 +33,7 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
+from torch.utils.checkpoint import checkpoint
 
 # -------------------------------------------------------------------- parts that the models share
 
@@ -45,7 +46,12 @@ ACTIVATIONS = {
 
 
 class Model(nn.Module):
-    """What T5, Llama and Bert share: settings, those of config.json over their class's; generation."""
+    """What T5, Llama and Bert share: settings, those of config.json over their class's; generation.
+
+    With lm.recompute = True a T5 or Llama trains in less memory and more time: see `Cache.run`.
+    """
+
+    recompute = False
 
     def __init__(self, config):
         super().__init__()
@@ -254,7 +260,7 @@ class T5Stack(nn.Module):
         """h (B, T, D), embedded -> hidden states (B, T, D), or those of the tokens `keep` alone."""
         h = self.dropout(h)
         for i, block in enumerate(self.block):
-            h = block(h, bias, cache, i)
+            h = cache.run(block, h, bias, cache, i)
         return self.dropout(self.final_layer_norm(h)[keep])
 
 
@@ -299,7 +305,7 @@ class T5(Model):
         """ids and mask (B, S) -> the encoder's hidden states (B, S, D)."""
         h = self.shared(input_ids)
         bias = self.encoder.position_bias(h.shape[1], h.shape[1])
-        return self.encoder(h, bias + additive(attention_mask, h.dtype), Cache())
+        return self.encoder(h, bias + additive(attention_mask, h.dtype), Cache(None, self.recompute))
 
     def forward(self, input_ids, attention_mask, decoder_input_ids, keep=slice(None)):
         """ids (B, S), mask (B, S) of 1 and 0, decoder ids (B, T) -> logits (B, T, V).
@@ -312,7 +318,7 @@ class T5(Model):
     def begin(self, input_ids, attention_mask):
         """Encode the prompts -> a cache with the keys and values of the decoder's cross-attention."""
         encoded = self.encode(input_ids, attention_mask)
-        cache = Cache(additive(attention_mask, encoded.dtype))
+        cache = Cache(additive(attention_mask, encoded.dtype), self.recompute)
         for block in self.decoder.block:
             cache.cross.append(block.layer[1].EncDecAttention.keys_values(encoded))
         return cache
@@ -474,7 +480,7 @@ class Llama(Model):
 
     def forward(self, input_ids, attention_mask, keep=slice(None)):
         """ids (B, T), mask (B, T) of 1 and 0 -> logits (B, T, V). Mask and `keep` are as in T5."""
-        return self.step(input_ids, Cache(attention_mask.bool()), keep)
+        return self.step(input_ids, Cache(attention_mask.bool(), self.recompute), keep)
 
     def prefill(self, input_ids, attention_mask, room):
         """Read the prompts -> cache with room for `room` more tokens, logits (B, V) of the next."""
@@ -493,7 +499,7 @@ class Llama(Model):
         angles = places[:, None] * self.frequencies.to(h.device)  # (T, Dh)
         rotation = angles.cos().to(h.dtype), angles.sin().to(h.dtype)
         for i, layer in enumerate(self.model.layers):
-            h = layer(h, rotation, mask, cache, i)
+            h = cache.run(layer, h, rotation, mask, cache, i)
         cache.length = end
         head = self.lm_head or self.model.embed_tokens
         return linear(self.model.norm(h)[keep], head.weight)
@@ -616,12 +622,23 @@ class Cache:
     Without room it keeps nothing: then one step is a pass over all tokens, as in training.
     """
 
-    def __init__(self, mask=None):
+    def __init__(self, mask, recompute=False):
+        self.recompute = recompute
         self.mask = mask  # T5: of the prompts, from `additive`. Llama: (B, room) bool, True at tokens
         self.room = 0  # tokens that the buffers can hold
         self.length = 0  # tokens that they hold
         self.own = []  # per layer keys and values of these tokens, (2, B, H, room, Dh)
         self.cross = []  # T5: the same of the encoder's output, (B, H, S, Dh) each
+
+    def run(self, block, *inputs):
+        """Return block(*inputs).
+
+        With `recompute` autograd keeps the inputs alone; its backward pass runs the block again
+        (gradient checkpointing, arXiv 1604.06174).
+        """
+        if self.recompute and self.room == 0:
+            return checkpoint(block, *inputs, use_reentrant=False)
+        return block(*inputs)
 
     def append(self, layer, k, v):
         """k, v (B, H, T, Dh) of the next T tokens -> all keys and values of this layer so far."""

@@ -366,6 +366,51 @@ def test_t5_gradients_reach_every_weight_and_match_differences():
         assert p.grad.abs().max() > 0, name
 
 
+def training_step(lm, inputs):
+    """One forward and backward pass -> (loss, gradients, bytes that the forward pass kept for the backward pass)."""
+    kept = {}
+
+    def keep(tensor):
+        kept[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    torch.manual_seed(0)
+    lm.train().zero_grad()
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        loss = lm(*inputs).square().mean()
+    weights = {p.untyped_storage().data_ptr() for p in lm.parameters()}
+    n_bytes = sum(kept[key].untyped_storage().nbytes() for key in kept.keys() - weights)
+    loss.backward()
+    return loss.detach(), [p.grad for p in lm.parameters()], n_bytes
+
+
+@pytest.mark.parametrize("name", [*DECODERS, *ENCODER_DECODERS])
+def test_recompute_gives_the_same_gradients_from_less_memory(name):
+    """T5 draws the same dropout again."""
+    lm, _, golden, rows = load(name)
+    inputs = pad(rows, "right")
+    if "decoder" in golden:
+        inputs = (*inputs, golden["decoder"])
+    loss, gradients, n_bytes = training_step(lm, inputs)
+    lm.recompute = True
+    loss_again, gradients_again, n_bytes_again = training_step(lm, inputs)
+    assert torch.equal(loss, loss_again)
+    assert all(torch.equal(a, b) for a, b in zip(gradients, gradients_again, strict=True))
+    assert n_bytes_again < 0.5 * n_bytes
+
+
+def test_recompute_leaves_a_cache_with_room_alone():
+    for name in ("llama-2", "t5"):
+        lm, _, _, rows = load(name)
+        ids, mask = pad(rows, "right")
+        plain = lm.generate(ids, mask, 8)
+        lm.recompute = True
+        assert torch.equal(lm.generate(ids, mask, 8), plain)
+        cache, first = lm.prefill(ids, mask, 2)  # with gradients, as nobody should
+        lm.step(torch.full((N, 1), 9), cache)
+        assert len(cache.own) == 2 - (name == "t5") and first.requires_grad
+
+
 # -------------------------------------------------------------------------- cache, batches, padding
 
 
