@@ -241,26 +241,30 @@ class T5Stack(nn.Module):
         self.final_layer_norm = nn.RMSNorm(c.d_model, c.layer_norm_epsilon)
         self.dropout = nn.Dropout(c.dropout_rate)
 
-    def position_bias(self, n_queries, n_keys):
-        """Return (1, H, n_queries, n_keys) for the last n_queries of so many places.
+    def bias(self, n, cache):
+        """Return what is added to the attention scores of the next n tokens, (1 or B, H, n, S).
 
-        It is minus infinity where the decoder must not look ahead.
+        It is minus infinity where the decoder must not look ahead, and very negative at the
+        encoder's padding.
         """
         table = self.block[0].layer[0].SelfAttention.relative_attention_bias
-        key = torch.arange(n_keys, device=table.weight.device)
-        distance = key - key[-n_queries:, None]  # (n_queries, n_keys)
+        key = torch.arange(cache.length + n, device=table.weight.device)  # (S,)
+        distance = key - key[-n:, None]  # (n, S)
         buckets = relative_position_buckets(
             distance, not self.is_decoder, table.num_embeddings, self.max_distance)
         bias = table(buckets).permute(2, 0, 1)[None]
         if self.is_decoder:
-            bias = bias.masked_fill(distance > 0, -math.inf)
-        return bias
+            return bias.masked_fill(distance > 0, -math.inf)
+        return bias + cache.mask
 
-    def forward(self, h, bias, cache, keep=slice(None)):
-        """h (B, T, D), embedded -> hidden states (B, T, D), or those of the tokens `keep` alone."""
+    def forward(self, h, cache, keep=slice(None)):
+        """h (B, T, D), the next T tokens -> hidden states (B, T, D), or of the tokens `keep` alone."""
+        n = h.shape[1]
+        bias = self.bias(n, cache)
         h = self.dropout(h)
         for i, block in enumerate(self.block):
             h = cache.run(block, h, bias, cache, i)
+        cache.length += n
         return self.dropout(self.final_layer_norm(h)[keep])
 
 
@@ -304,8 +308,8 @@ class T5(Model):
     def encode(self, input_ids, attention_mask):
         """ids and mask (B, S) -> the encoder's hidden states (B, S, D)."""
         h = self.shared(input_ids)
-        bias = self.encoder.position_bias(h.shape[1], h.shape[1])
-        return self.encoder(h, bias + additive(attention_mask, h.dtype), Cache(None, self.recompute))
+        cache = Cache(additive(attention_mask, h.dtype), self.recompute)
+        return self.encoder(h, cache)
 
     def forward(self, input_ids, attention_mask, decoder_input_ids, keep=slice(None)):
         """ids (B, S), mask (B, S) of 1 and 0, decoder ids (B, T) -> logits (B, T, V).
@@ -332,10 +336,7 @@ class T5(Model):
 
     def step(self, tokens, cache, keep=slice(None)):
         """The next T tokens (B, T) -> logits (B, T, V), or of the tokens `keep` alone."""
-        end = cache.length + tokens.shape[1]
-        bias = self.decoder.position_bias(tokens.shape[1], end)
-        h = self.decoder(self.shared(tokens), bias, cache, keep)
-        cache.length = end
+        h = self.decoder(self.shared(tokens), cache, keep)
         if self.c.tie_word_embeddings:
             h = h * self.c.d_model**-0.5
         head = self.lm_head or self.shared
@@ -465,14 +466,15 @@ class Llama(Model):
             if p.dim() == 2:
                 nn.init.normal_(p, std=c.initializer_range)
 
-    def mask(self, is_token, n_queries):
-        """is_token (B, S) bool -> (B, 1, n_queries, S) bool: where the last n_queries may look.
+    def mask(self, n, cache):
+        """Return (B, 1, n, S) bool: where the next n tokens may look.
 
-        A query sees the tokens before it, `sliding_window` at most with itself. Padding sees
-        itself, so no row is empty.
+        A token sees the tokens before it and itself, `sliding_window` of them at most. Padding sees
+        itself too, so no row is empty.
         """
-        key = torch.arange(is_token.shape[1], device=is_token.device)  # (S,)
-        query = key[-n_queries:, None]  # (n_queries, 1)
+        is_token = cache.mask[:, : cache.length + n]  # (B, S)
+        key = torch.arange(is_token.shape[1], device=is_token.device)
+        query = key[-n:, None]  # (n, 1)
         seen = is_token[:, None, None] & (key < query)
         if self.c.sliding_window:
             seen &= key > query - self.c.sliding_window
@@ -491,16 +493,16 @@ class Llama(Model):
 
     def step(self, tokens, cache, keep=slice(None)):
         """The next T tokens (B, T) -> logits (B, T, V), or of the tokens `keep` alone."""
-        end = cache.length + tokens.shape[1]
-        mask = self.mask(cache.mask[:, :end], tokens.shape[1])
+        n = tokens.shape[1]
+        mask = self.mask(n, cache)
         h = self.model.embed_tokens(tokens)
         # Padding counts as places too: RoPE's scores depend on distances alone.
-        places = torch.arange(cache.length, end, device=h.device)
-        angles = places[:, None] * self.frequencies.to(h.device)  # (T, Dh)
+        places = torch.arange(cache.length, cache.length + n, device=h.device)
+        angles = places[:, None] * self.frequencies.to(h.device)  # (n, Dh)
         rotation = angles.cos().to(h.dtype), angles.sin().to(h.dtype)
         for i, layer in enumerate(self.model.layers):
             h = cache.run(layer, h, rotation, mask, cache, i)
-        cache.length = end
+        cache.length += n
         head = self.lm_head or self.model.embed_tokens
         return linear(self.model.norm(h)[keep], head.weight)
 

@@ -272,20 +272,24 @@ def test_causal_window_written_out():
     lm, _, _, _ = load("llama-2")
     tokens = torch.tensor([[True] * 4, [False] + [True] * 3])
     lm.c.sliding_window = None
-    assert lm.mask(tokens, 2)[:, 0].int().tolist() == [[[1, 1, 1, 0], [1, 1, 1, 1]], [[0, 1, 1, 0], [0, 1, 1, 1]]]
-    assert lm.mask(tokens, 4)[1, 0, 0].int().tolist() == [1, 0, 0, 0]  # padding sees itself
+    cache = model.Cache(tokens)
+    assert lm.mask(4, cache)[1, 0, 0].int().tolist() == [1, 0, 0, 0]  # padding sees itself
+    cache.length = 2
+    assert lm.mask(2, cache)[:, 0].int().tolist() == [[[1, 1, 1, 0], [1, 1, 1, 1]], [[0, 1, 1, 0], [0, 1, 1, 1]]]
     lm.c.sliding_window = 2
-    assert lm.mask(tokens, 2)[:, 0].int().tolist() == [[[0, 1, 1, 0], [0, 0, 1, 1]]] * 2
+    assert lm.mask(2, cache)[:, 0].int().tolist() == [[[0, 1, 1, 0], [0, 0, 1, 1]]] * 2
 
 
 @torch.no_grad()
-def test_t5_position_bias_of_the_last_queries():
+def test_t5_bias_of_the_last_tokens():
     """The decoder may look at itself and behind, and a step's bias is the last rows of the whole."""
     lm, _, _, _ = load("t5")
-    whole = lm.decoder.position_bias(9, 9)
+    cache = model.Cache(torch.zeros(1, 1, 1, 9))
+    whole = lm.decoder.bias(9, cache)
     assert whole.isinf().int()[0].tolist() == torch.ones(lm.c.num_heads, 9, 9).triu(1).int().tolist()
-    assert torch.equal(lm.decoder.position_bias(2, 9), whole[:, :, 7:])
-    assert lm.encoder.position_bias(9, 9).isfinite().all()
+    assert lm.encoder.bias(9, cache).isfinite().all()
+    cache.length = 7
+    assert torch.equal(lm.decoder.bias(2, cache), whole[:, :, 7:])
 
 
 def test_t5_dropout_only_in_training():
