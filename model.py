@@ -2,9 +2,9 @@
 
 Knowledge purification needs decoder-only and encoder-decoder teachers, an encoder-decoder student,
 and a sentence encoder for the routers. Modules have the names that they have in Hugging Face
-checkpoints, so a state dict loads as it is. In this order: small parts that the models share; T5,
-Llama, Bert; the key-value cache and greedy generation; sentence vectors; `load` and `save`; files
-and errors; a faster matrix product for CPUs.
+checkpoints, so a state dict loads as it is. In this order: what the models share, with greedy
+generation; T5, Llama, Bert; batches and the key-value cache; sentence vectors; `load` and `save`;
+files and errors; a faster matrix product for CPUs.
 
 References: T5 (arXiv 1910.10683), gated feed-forward (2002.05202), LLaMA (2302.13971), Llama 3
 (2407.21783), Mistral (2310.06825), Qwen2 (2407.10671), Qwen3 (2505.09388), RoPE (2104.09864),
@@ -35,7 +35,7 @@ from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 
-# -------------------------------------------------------------------- parts that the models share
+# ---------------------------------------------------------------------------- what the models share
 
 ACTIVATIONS = {
     "relu": F.relu,
@@ -83,7 +83,7 @@ class Model(nn.Module):
             n_alive = int(alive.sum())
             if n_alive == 0:
                 return out[:, : t + 1]
-            # Rows that have ended leave the batch. This costs about one step: wait until it saves that.
+            # Rows that have ended leave the batch. This costs a step: wait until it saves that.
             if n_alive <= 0.75 * len(rows):
                 cache.select(alive)
                 rows = rows[alive]
@@ -372,7 +372,8 @@ def rope_frequencies(dim, theta, scaling):
 def rotate(x, cos, sin):
     """Turn each pair (a, b) = (x_i, x_{i + Dh/2}) of x (B, H, T, Dh) by its angle.
 
-    cos and sin (T, Dh), the sine negative in the first half: this gives (a cos - b sin, b cos + a sin).
+    cos and sin (T, Dh), the sine negative in the first half. The result is
+    (a cos - b sin, b cos + a sin).
     """
     partners = x.roll(x.shape[-1] // 2, dims=-1)
     return torch.addcmul(x * cos, partners, sin)
@@ -455,7 +456,7 @@ class Llama(Model):
             require(not config.get("use_sliding_window"), "use_sliding_window must be false")
             c.sliding_window = None
         frequencies = rope_frequencies(c.head_dim, c.rope_theta, rope)
-        # For `rotate`, where the sine of the first half is negative; the cosine has no sign.
+        # Half of them negative, as `rotate` wants the sine; the cosine does not mind.
         self.frequencies = torch.cat((-frequencies, frequencies))  # (Dh,)
         self.model = parts(
             embed_tokens=nn.Embedding(c.vocab_size, c.hidden_size),
@@ -565,7 +566,7 @@ class Bert(Model):
     encode = forward
 
 
-# --------------------------------------------------------------------- batches, cache, generation
+# -------------------------------------------------------------------------------- batches and cache
 
 
 def pad(sequences, value=0):
@@ -625,7 +626,7 @@ class Cache:
     """
 
     def __init__(self, mask, recompute=False):
-        self.recompute = recompute
+        self.recompute = recompute  # see `run`
         self.mask = mask  # T5: of the prompts, from `additive`. Llama: (B, room) bool, True at tokens
         self.room = 0  # tokens that the buffers can hold
         self.length = 0  # tokens that they hold
@@ -806,7 +807,7 @@ def read_weights(lm, path, device, dtype):
         tensor = tensors[name]
         require(
             tensor.shape == want.shape,
-            f"{place} is {(*tensor.shape,)}, config.json says {(*want.shape,)}; {again}")
+            f"{place} is {tuple(tensor.shape)}, config.json says {tuple(want.shape)}; {again}")
         require(
             tensor.is_floating_point() and tensor.itemsize > 1,
             f"{place} is stored as {tensor.dtype}, quantised; take the weights as they were before")
