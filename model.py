@@ -1,15 +1,15 @@
-"""Transformers from scratch: T5, Llama (Llama-2, Llama-3.x, Mistral) and BERT, in plain PyTorch.
+"""Transformers from scratch: T5, Llama (also Mistral, Qwen2, Qwen3) and BERT, in plain PyTorch.
 
 Knowledge purification needs decoder-only and encoder-decoder teachers, an encoder-decoder student,
 and a sentence encoder for the routers. Modules have the names that they have in Hugging Face
-checkpoints, so a state dict loads as it is. In this order: small parts that the models share; T5,
-Llama, Bert; the key-value cache and greedy generation; sentence vectors; `load` and `save`; files
-and errors; a faster matrix product for CPUs.
+checkpoints, so a state dict loads as it is. In this order: what the models share, with greedy
+generation; T5, Llama, Bert; batches and the key-value cache; sentence vectors; `load` and `save`;
+files and errors; a faster matrix product for CPUs.
 
 References: T5 (arXiv 1910.10683), gated feed-forward (2002.05202), LLaMA (2302.13971), Llama 3
-(2407.21783), Mistral (2310.06825), RoPE (2104.09864), grouped queries (2305.13245), BERT
-(1810.04805). Left out: beam search and sampling (the method needs one repeatable rationale),
-quantised weights, and every model that is not named here.
+(2407.21783), Mistral (2310.06825), Qwen2 (2407.10671), Qwen3 (2505.09388), RoPE (2104.09864),
+grouped queries (2305.13245), BERT (1810.04805). Left out: beam search and sampling (the method
+needs one repeatable rationale), quantised weights, and every model that is not named here.
 
 Letters in shapes: B rows, T tokens (S where others attend to them), D width of the model, H heads,
 Dh width of a head, V vocabulary.
@@ -29,11 +29,13 @@ from types import SimpleNamespace
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from torch import nn
+from torch.nn.utils.rnn import pad_sequence
+from torch.utils.checkpoint import checkpoint
 
-# -------------------------------------------------------------------- parts that the models share
+# ---------------------------------------------------------------------------- what the models share
 
 ACTIVATIONS = {
     "relu": F.relu,
@@ -44,26 +46,61 @@ ACTIVATIONS = {
 
 
 class Model(nn.Module):
-    """What T5, Llama and Bert share: the settings of config.json, over their class's defaults."""
+    """What T5, Llama and Bert share: settings, those of config.json over their class's; generation.
+
+    With lm.recompute = True a T5 or Llama trains in less memory and more time: see `Cache.run`.
+    """
+
+    recompute = False
 
     def __init__(self, config):
         super().__init__()
-        self.config = checked(config, self.DEFAULTS)
-        self.c = SimpleNamespace(**self.config)  # the same, as c.vocab_size
+        self.c = SimpleNamespace(**checked(config, self.DEFAULTS))
+        self.config = vars(self.c)  # the same, as a dict
 
+    @torch.no_grad()
     def generate(self, input_ids, attention_mask, max_new_tokens):
-        """Continue prompts, for T5 and Llama: see `greedy`."""
-        return greedy(self, input_ids, attention_mask, max_new_tokens)
+        """Continue prompts with the likeliest token each time -> (B, <= max_new_tokens) new ids.
+
+        For T5 and Llama. ids, mask (B, S), padded on either side. A row that has ended is filled up
+        with pad_token_id, or with its end token where there is no such id. `until_end` tells what
+        was written.
+        """
+        ends = as_list(self.config["eos_token_id"])
+        fillers = [*as_list(self.config["pad_token_id"]), *ends, 0]
+        filler = next(i for i in fillers if i >= 0)  # old Llamas say pad_token_id: -1
+        ends = torch.tensor(ends, device=input_ids.device)
+        out = input_ids.new_full((len(input_ids), max_new_tokens), filler)
+        rows = torch.arange(len(input_ids), device=input_ids.device)  # rows of `out` still computed
+        alive = torch.ones_like(rows, dtype=torch.bool)  # which of these have not ended
+        cache, logits = self.prefill(input_ids, attention_mask, max_new_tokens)
+        for t in range(max_new_tokens):
+            if t > 0:
+                logits = self.step(tokens[:, None], cache)[:, -1]
+            tokens = logits.argmax(-1)  # (rows,)
+            out[rows, t] = tokens.where(alive, filler)
+            alive &= ~torch.isin(tokens, ends)
+            n_alive = int(alive.sum())
+            if n_alive == 0:
+                return out[:, : t + 1]
+            # Rows that have ended leave the batch. This costs a step: wait until it saves that.
+            if n_alive <= 0.75 * len(rows):
+                cache.select(alive)
+                rows = rows[alive]
+                tokens = tokens[alive]
+                alive = alive[alive]
+        return out
 
 
 class Linear(nn.Linear):
-    """y = x W^T, without a bias. `linear`, at the end of this file, picks the faster product."""
+    """y = x W^T, or x W^T + b. `linear`, at the end of this file, picks the faster product."""
 
-    def __init__(self, d_in, d_out):
-        super().__init__(d_in, d_out, bias=False)
+    def __init__(self, d_in, d_out, bias=False):
+        super().__init__(d_in, d_out, bias)
 
     def forward(self, x):
-        return linear(x, self.weight)
+        y = linear(x, self.weight)
+        return y if self.bias is None else y + self.bias
 
 
 def parts(**modules):
@@ -79,19 +116,6 @@ def merge_heads(x):
     return x.transpose(1, 2).flatten(2)  # (B, H, T, Dh) -> (B, T, H * Dh)
 
 
-def causal(n_queries, n_keys, device, window=None):
-    """Return (n_queries, n_keys) bool, True where a query may look: at itself and before it.
-
-    The queries are the last n_queries of the keys. With a window a query sees `window` keys at most.
-    """
-    query = torch.arange(n_keys - n_queries, n_keys, device=device)[:, None]  # (n_queries, 1)
-    key = torch.arange(n_keys, device=device)  # (n_keys,)
-    mask = key <= query
-    if window:
-        mask &= key > query - window
-    return mask
-
-
 def additive(mask, dtype):
     """(B, S) of 1 (token) and 0 (padding) -> (B, 1, 1, S) of 0 and a very negative number.
 
@@ -103,15 +127,12 @@ def additive(mask, dtype):
 # --------------------------------------------------------------------------------------------- T5
 
 
-@functools.lru_cache(maxsize=64)
-@torch.inference_mode(False)  # what is kept here may be used in training later
-def relative_position_buckets(n_queries, n_keys, bidirectional, n_buckets, max_distance):
-    """Return T5's bucket for the distance of each query and key, (n_queries, n_keys) int64.
+def relative_position_buckets(distance, bidirectional, n_buckets, max_distance):
+    """Return T5's buckets for distances from queries to keys, int64.
 
     Near distances have a bucket each. Far ones share buckets that grow logarithmically, up to
     max_distance; what is farther falls into the last (1910.10683, section 2.1).
     """
-    distance = torch.arange(n_keys)[None] - torch.arange(n_queries)[:, None]
     first = 0
     if bidirectional:  # keys ahead (distance above 0) take the second half of the buckets
         n_buckets //= 2
@@ -149,8 +170,8 @@ class T5Attention(nn.Module):
             p = self.dropout.p if self.training else 0.0
             h = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=p, scale=1.0)
         else:  # the same, written out: on a CPU the fused kernel takes no bias that learns
-            weights = (q @ k.mT).add_(bias).softmax(-1, dtype=torch.float32)  # (B, H, T, S)
-            h = self.dropout(weights.to(q.dtype)) @ v
+            weights = (q @ k.mT).add_(bias).softmax(-1)  # (B, H, T, S)
+            h = self.dropout(weights) @ v
         return self.dropout(self.o(merge_heads(h)))
 
 
@@ -193,14 +214,12 @@ class T5Block(nn.Module):
         self.layer.append(parts(DenseReluDense=T5FeedForward(c), layer_norm=norm()))
 
     def forward(self, h, bias, cache, i):
-        """h (B, T, D), bias (1 or B, H, T, S) -> (B, T, D). The decoder's block i has a cache."""
+        """h (B, T, D), bias (1 or B, H, T, S) -> (B, T, D). This is block i of its stack."""
         layer = self.layer[0]
         x = layer.layer_norm(h)
-        k, v = layer.SelfAttention.keys_values(x)
-        if cache is not None:
-            k, v = cache.append(i, k, v)
+        k, v = cache.append(i, *layer.SelfAttention.keys_values(x))
         h = h + layer.SelfAttention(x, k, v, bias)
-        if cache is not None:
+        if cache.cross:
             layer = self.layer[1]
             k, v = cache.cross[i]
             h = h + layer.EncDecAttention(layer.layer_norm(h), k, v, cache.mask)
@@ -222,22 +241,30 @@ class T5Stack(nn.Module):
         self.final_layer_norm = nn.RMSNorm(c.d_model, c.layer_norm_epsilon)
         self.dropout = nn.Dropout(c.dropout_rate)
 
-    def position_bias(self, n):
-        """Return (1, H, n, n), minus infinity where the decoder must not look ahead."""
-        table = self.block[0].layer[0].SelfAttention.relative_attention_bias
-        buckets = relative_position_buckets(
-            n, n, not self.is_decoder, table.num_embeddings, self.max_distance)
-        bias = table(buckets.to(table.weight.device))  # (n, n, H)
-        bias = bias.permute(2, 0, 1)[None]  # (1, H, n, n)
-        if self.is_decoder:
-            bias = bias.masked_fill(~causal(n, n, bias.device), -math.inf)
-        return bias
+    def bias(self, n, cache):
+        """Return what is added to the attention scores of the next n tokens, (1 or B, H, n, S).
 
-    def forward(self, h, bias, cache=None, keep=slice(None)):
-        """h (B, T, D), embedded -> hidden states (B, T, D), or those of the tokens `keep` alone."""
+        It is minus infinity where the decoder must not look ahead, and very negative at the
+        encoder's padding.
+        """
+        table = self.block[0].layer[0].SelfAttention.relative_attention_bias
+        key = torch.arange(cache.length + n, device=table.weight.device)  # (S,)
+        distance = key - key[-n:, None]  # (n, S)
+        buckets = relative_position_buckets(
+            distance, not self.is_decoder, table.num_embeddings, self.max_distance)
+        bias = table(buckets).permute(2, 0, 1)[None]
+        if self.is_decoder:
+            return bias.masked_fill(distance > 0, -math.inf)
+        return bias + cache.mask
+
+    def forward(self, h, cache, keep=slice(None)):
+        """h (B, T, D), the next T tokens -> hidden states (B, T, D), or of the tokens `keep` alone."""
+        n = h.shape[1]
+        bias = self.bias(n, cache)
         h = self.dropout(h)
         for i, block in enumerate(self.block):
-            h = block(h, bias, cache, i)
+            h = cache.run(block, h, bias, cache, i)
+        cache.length += n
         return self.dropout(self.final_layer_norm(h)[keep])
 
 
@@ -265,27 +292,24 @@ class T5(Model):
         self.encoder = T5Stack(c, c.num_layers, is_decoder=False)
         self.decoder = T5Stack(c, c.num_decoder_layers or c.num_layers, is_decoder=True)
         self.lm_head = None if c.tie_word_embeddings else Linear(c.d_model, c.vocab_size)
-        self.initialise()
-
-    def initialise(self):
-        """Draw the weights as Mesh TensorFlow's T5: normal, with deviation 1 / sqrt(fan in)."""
+        # Mesh TensorFlow's T5 begins so: normal, with deviation 1 / sqrt(fan in).
         for name, p in self.named_parameters():
-            if p.dim() == 1 or p.is_meta:  # a norm's scale stays 1; `load` brings its own weights
+            if p.dim() == 1:  # a norm's scale stays 1
                 continue
             fan_in = p.shape[1]
             if "shared" in name:
                 fan_in = 1
             elif "relative" in name:
-                fan_in = self.c.d_model
+                fan_in = c.d_model
             elif ".q." in name:  # attention does not divide by sqrt(Dh): the weights begin divided
-                fan_in *= self.c.d_kv
+                fan_in *= c.d_kv
             nn.init.normal_(p, std=fan_in**-0.5)
 
     def encode(self, input_ids, attention_mask):
         """ids and mask (B, S) -> the encoder's hidden states (B, S, D)."""
         h = self.shared(input_ids)
-        bias = self.encoder.position_bias(h.shape[1]) + additive(attention_mask, h.dtype)
-        return self.encoder(h, bias)
+        cache = Cache(additive(attention_mask, h.dtype), self.recompute)
+        return self.encoder(h, cache)
 
     def forward(self, input_ids, attention_mask, decoder_input_ids, keep=slice(None)):
         """ids (B, S), mask (B, S) of 1 and 0, decoder ids (B, T) -> logits (B, T, V).
@@ -293,31 +317,26 @@ class T5(Model):
         The mask is 0 at padding, which may stand on either side. Decoder ids are padded on the right.
         keep: rows and places of N tokens, to get the logits of these alone, (N, V).
         """
-        cache = self.begin(input_ids, attention_mask, decoder_input_ids.shape[1])
-        return self.step(decoder_input_ids, cache, keep)
+        return self.step(decoder_input_ids, self.begin(input_ids, attention_mask), keep)
 
-    def begin(self, input_ids, attention_mask, length):
-        """Encode the prompts -> a cache with all that the decoder needs for `length` tokens."""
+    def begin(self, input_ids, attention_mask):
+        """Encode the prompts -> a cache with the keys and values of the decoder's cross-attention."""
         encoded = self.encode(input_ids, attention_mask)
-        cache = Cache(additive(attention_mask, encoded.dtype))
+        cache = Cache(additive(attention_mask, encoded.dtype), self.recompute)
         for block in self.decoder.block:
             cache.cross.append(block.layer[1].EncDecAttention.keys_values(encoded))
-        cache.bias = self.decoder.position_bias(length)
         return cache
 
     def prefill(self, input_ids, attention_mask, room):
         """Encode the prompts -> cache with room for `room` tokens, logits (B, V) of the first."""
-        cache = self.begin(input_ids, attention_mask, room)
+        cache = self.begin(input_ids, attention_mask)
         cache.room = room
         start = torch.full_like(input_ids[:, :1], self.c.decoder_start_token_id)
         return cache, self.step(start, cache)[:, -1]
 
     def step(self, tokens, cache, keep=slice(None)):
         """The next T tokens (B, T) -> logits (B, T, V), or of the tokens `keep` alone."""
-        end = cache.length + tokens.shape[1]
-        bias = cache.bias[:, :, cache.length : end, :end]
-        h = self.decoder(self.shared(tokens), bias, cache, keep)
-        cache.length = end
+        h = self.decoder(self.shared(tokens), cache, keep)
         if self.c.tie_word_embeddings:
             h = h * self.c.d_model**-0.5
         head = self.lm_head or self.shared
@@ -327,46 +346,44 @@ class T5(Model):
 # ------------------------------------------------------------------------------------------ Llama
 
 
-def rope_frequencies(dim, theta, scaling=None):
+def rope_frequencies(dim, theta, scaling):
     """Return the angles (dim / 2,), float32, by which RoPE turns a pair from one place to the next.
 
     Llama-3.1 makes the small ones smaller, as `llama3` of transformers' modeling_rope_utils.py.
     """
     frequencies = 1.0 / theta ** (torch.arange(0, dim, 2, device="cpu").float() / dim)
-    scaling = scaling or {}
     kind = scaling.get("rope_type", scaling.get("type", "default"))
     if kind == "default":
         return frequencies
     require(kind == "llama3", f"rope_scaling of type {kind!r} is not supported, only llama3")
-    names = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-    require(all(name in scaling for name in names), f"rope_scaling must give {', '.join(names)}")
-    scaling = checked(scaling, dict.fromkeys(names, 1.0))
-    factor, low, high, length = (scaling[name] for name in names)
+    try:
+        low = scaling["low_freq_factor"]
+        high = scaling["high_freq_factor"]
+        factor = scaling["factor"]
+        length = scaling["original_max_position_embeddings"]
+    except KeyError as name:
+        raise BadInput(f"rope_scaling must give {name}") from None
     # Turns within the length of the first training: below `low` slower, above `high` as before.
     turns = length * frequencies / (2 * math.pi)
     smooth = (turns - low) / (high - low)
     return torch.lerp(frequencies / factor, frequencies, smooth.clamp(0, 1))
 
 
-def rotations(positions, frequencies, dtype):
-    """positions (T,) -> cos, sin (T, Dh), the sine negative in the first half: see `rotate`."""
-    angles = positions[:, None] * frequencies  # (T, Dh / 2)
-    cos = angles.cos().to(dtype)
-    sin = angles.sin().to(dtype)
-    return torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)
-
-
 def rotate(x, cos, sin):
     """Turn each pair (a, b) = (x_i, x_{i + Dh/2}) of x (B, H, T, Dh) by its angle.
 
-    The result is (a cos - b sin, b cos + a sin).
+    cos and sin (T, Dh), the sine negative in the first half. The result is
+    (a cos - b sin, b cos + a sin).
     """
     partners = x.roll(x.shape[-1] // 2, dims=-1)
     return torch.addcmul(x * cos, partners, sin)
 
 
 class LlamaLayer(nn.Module):
-    """h + attention(norm(h)), then h + SwiGLU(norm(h)). Query heads may share a key-value head."""
+    """h + attention(norm(h)), then h + SwiGLU(norm(h)). Query heads may share a key-value head.
+
+    Qwen2 adds biases to queries, keys and values. Qwen3 normalises each head's queries and keys.
+    """
 
     def __init__(self, c):
         super().__init__()
@@ -377,11 +394,15 @@ class LlamaLayer(nn.Module):
         self.width = c.head_dim
         self.input_layernorm = nn.RMSNorm(D, c.rms_norm_eps)
         self.post_attention_layernorm = nn.RMSNorm(D, c.rms_norm_eps)
+        bias = c.attention_bias or c.model_type == "qwen2"
         self.self_attn = parts(
-            q_proj=Linear(D, d_q),
-            k_proj=Linear(D, d_kv),
-            v_proj=Linear(D, d_kv),
-            o_proj=Linear(d_q, D))
+            q_proj=Linear(D, d_q, bias),
+            k_proj=Linear(D, d_kv, bias),
+            v_proj=Linear(D, d_kv, bias),
+            o_proj=Linear(d_q, D, c.attention_bias))
+        if c.model_type == "qwen3":
+            self.self_attn.q_norm = nn.RMSNorm(c.head_dim, c.rms_norm_eps)
+            self.self_attn.k_norm = nn.RMSNorm(c.head_dim, c.rms_norm_eps)
         self.mlp = parts(
             gate_proj=Linear(D, inner),
             up_proj=Linear(D, inner),
@@ -391,10 +412,13 @@ class LlamaLayer(nn.Module):
         """h (B, T, D); rotation: cos and sin of the T places -> (B, T, D). This is layer i."""
         attention = self.self_attn
         x = self.input_layernorm(h)
-        q = rotate(split_heads(attention.q_proj(x), self.width), *rotation)
-        k = rotate(split_heads(attention.k_proj(x), self.width), *rotation)
-        v = split_heads(attention.v_proj(x), self.width)
-        k, v = cache.append(i, k, v)
+        projections = attention.q_proj, attention.k_proj, attention.v_proj
+        q, k, v = (split_heads(projection(x), self.width) for projection in projections)
+        if "q_norm" in attention:
+            q = attention.q_norm(q)
+            k = attention.k_norm(k)
+        q = rotate(q, *rotation)
+        k, v = cache.append(i, rotate(k, *rotation), v)
         grouped = q.shape[1] != k.shape[1]
         a = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=grouped)
         h = h + attention.o_proj(merge_heads(a))
@@ -403,13 +427,16 @@ class LlamaLayer(nn.Module):
 
 
 class Llama(Model):
-    """Decoder-only: Llama-2, Llama-3.x (grouped queries, scaled RoPE), Mistral (sliding window)."""
+    """Decoder-only: Llama-2, Llama-3.x (grouped queries, scaled RoPE), Mistral (sliding window),
+    Qwen2, Qwen2.5 and Qwen3 (without a sliding window).
+    """
 
     DEFAULTS = dict(
         model_type="llama", vocab_size=32000, hidden_size=4096, intermediate_size=11008,
         num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=None, head_dim=None,
-        rope_theta=10000.0, sliding_window=None, hidden_act="silu", rms_norm_eps=1e-6,
-        initializer_range=0.02, tie_word_embeddings=False, pad_token_id=None, eos_token_id=2)
+        attention_bias=False, rope_theta=10000.0, sliding_window=None, hidden_act="silu",
+        rms_norm_eps=1e-6, initializer_range=0.02, tie_word_embeddings=False, pad_token_id=None,
+        eos_token_id=2)
 
     def __init__(self, config):
         config = dict(config)
@@ -425,53 +452,58 @@ class Llama(Model):
         c.head_dim = c.head_dim or c.hidden_size // c.num_attention_heads
         require(c.head_dim % 2 == 0, f"head_dim must be even, not {c.head_dim}")
         require(c.hidden_act == "silu", f"hidden_act must be 'silu', not {c.hidden_act!r}")
-        # Not a buffer: it stays float32 in a bfloat16 model.
-        self.frequencies = rope_frequencies(c.head_dim, c.rope_theta, rope)
+        if c.model_type in ("qwen2", "qwen3"):  # they give a window and do not mean it
+            require(not config.get("use_sliding_window"), "use_sliding_window must be false")
+            c.sliding_window = None
+        frequencies = rope_frequencies(c.head_dim, c.rope_theta, rope)
+        # Half of them negative, as `rotate` wants the sine; the cosine does not mind.
+        self.frequencies = torch.cat((-frequencies, frequencies))  # (Dh,)
         self.model = parts(
             embed_tokens=nn.Embedding(c.vocab_size, c.hidden_size),
             layers=nn.ModuleList(LlamaLayer(c) for _ in range(c.num_hidden_layers)),
             norm=nn.RMSNorm(c.hidden_size, c.rms_norm_eps))
         self.lm_head = None if c.tie_word_embeddings else Linear(c.hidden_size, c.vocab_size)
         for p in self.parameters():
-            if p.dim() == 2 and not p.is_meta:
+            if p.dim() == 2:
                 nn.init.normal_(p, std=c.initializer_range)
 
-    def mask(self, is_token, n_queries):
-        """is_token (B, S) bool -> (B, 1, n_queries, S) bool: where the last n_queries may look."""
-        n = is_token.shape[1]
-        before = causal(n_queries, n, is_token.device, self.c.sliding_window)
-        itself = torch.eye(n, dtype=torch.bool, device=before.device)[n - n_queries :]
-        # Padding sees itself, so no row is empty.
-        return (before & is_token[:, None, None]) | itself
+    def mask(self, n, cache):
+        """Return (B, 1, n, S) bool: where the next n tokens may look.
+
+        A token sees the tokens before it and itself, `sliding_window` of them at most. Padding sees
+        itself too, so no row is empty.
+        """
+        is_token = cache.mask[:, : cache.length + n]  # (B, S)
+        key = torch.arange(is_token.shape[1], device=is_token.device)
+        query = key[-n:, None]  # (n, 1)
+        seen = is_token[:, None, None] & (key < query)
+        if self.c.sliding_window:
+            seen &= key > query - self.c.sliding_window
+        return seen | (key == query)
 
     def forward(self, input_ids, attention_mask, keep=slice(None)):
         """ids (B, T), mask (B, T) of 1 and 0 -> logits (B, T, V). Mask and `keep` are as in T5."""
-        return self.step(input_ids, Cache(attention_mask.bool()), keep)
+        return self.step(input_ids, Cache(attention_mask.bool(), self.recompute), keep)
 
     def prefill(self, input_ids, attention_mask, room):
         """Read the prompts -> cache with room for `room` more tokens, logits (B, V) of the next."""
-        order = attention_mask.argsort(dim=1, stable=True)  # (B, S): padding first, then the tokens
-        is_token = attention_mask.gather(1, order).bool()
-        cache = Cache(F.pad(is_token, (0, room), value=True))
+        mask, order = attention_mask.sort(dim=1, stable=True)  # (B, S): padding first, then the tokens
+        cache = Cache(F.pad(mask.bool(), (0, room), value=True))
         cache.room = cache.mask.shape[1]
-        cache.sees_all = not self.c.sliding_window and bool(is_token.all())
         return cache, self.step(input_ids.gather(1, order), cache, keep=(slice(None), -1))
 
     def step(self, tokens, cache, keep=slice(None)):
         """The next T tokens (B, T) -> logits (B, T, V), or of the tokens `keep` alone."""
-        T = tokens.shape[1]
-        end = cache.length + T
-        mask = None
-        if T > 1 or not cache.sees_all:
-            mask = self.mask(cache.mask[:, :end], T)
+        n = tokens.shape[1]
+        mask = self.mask(n, cache)
         h = self.model.embed_tokens(tokens)
-        self.frequencies = self.frequencies.to(h.device)
         # Padding counts as places too: RoPE's scores depend on distances alone.
-        places = torch.arange(cache.length, end, device=h.device)
-        rotation = rotations(places, self.frequencies, h.dtype)
+        places = torch.arange(cache.length, cache.length + n, device=h.device)
+        angles = places[:, None] * self.frequencies.to(h.device)  # (n, Dh)
+        rotation = angles.cos().to(h.dtype), angles.sin().to(h.dtype)
         for i, layer in enumerate(self.model.layers):
-            h = layer(h, rotation, mask, cache, i)
-        cache.length = end
+            h = cache.run(layer, h, rotation, mask, cache, i)
+        cache.length += n
         head = self.lm_head or self.model.embed_tokens
         return linear(self.model.norm(h)[keep], head.weight)
 
@@ -491,28 +523,26 @@ class Bert(Model):
     def __init__(self, config):
         super().__init__(config)
         c = self.c
-        divides = c.hidden_size % c.num_attention_heads == 0
-        require(divides, "num_attention_heads must divide hidden_size")
+        D = c.hidden_size
+        require(D % c.num_attention_heads == 0, "num_attention_heads must divide hidden_size")
         require(c.hidden_act in ACTIVATIONS, f"hidden_act must be one of {', '.join(ACTIVATIONS)}")
-        absolute = c.position_embedding_type == "absolute"
-        require(absolute, "position_embedding_type must be 'absolute'")
+        require(
+            c.position_embedding_type == "absolute", "position_embedding_type must be 'absolute'")
+        norm = functools.partial(nn.LayerNorm, D, c.layer_norm_eps)
+        dense = functools.partial(nn.Linear, D)
         self.embeddings = parts(
-            word_embeddings=nn.Embedding(c.vocab_size, c.hidden_size),
-            position_embeddings=nn.Embedding(c.max_position_embeddings, c.hidden_size),
-            token_type_embeddings=nn.Embedding(c.type_vocab_size, c.hidden_size),
-            LayerNorm=nn.LayerNorm(c.hidden_size, c.layer_norm_eps))
-        layers = nn.ModuleList(self.new_layer() for _ in range(c.num_hidden_layers))
+            word_embeddings=nn.Embedding(c.vocab_size, D),
+            position_embeddings=nn.Embedding(c.max_position_embeddings, D),
+            token_type_embeddings=nn.Embedding(c.type_vocab_size, D),
+            LayerNorm=norm())
+        layers = nn.ModuleList()
+        for _ in range(c.num_hidden_layers):
+            heads = parts(query=dense(D), key=dense(D), value=dense(D))
+            layers.append(parts(
+                attention=parts(self=heads, output=parts(dense=dense(D), LayerNorm=norm())),
+                intermediate=parts(dense=dense(c.intermediate_size)),
+                output=parts(dense=nn.Linear(c.intermediate_size, D), LayerNorm=norm())))
         self.encoder = parts(layer=layers)
-
-    def new_layer(self):
-        D = self.c.hidden_size
-        inner = self.c.intermediate_size
-        norm = functools.partial(nn.LayerNorm, D, self.c.layer_norm_eps)
-        heads = parts(query=nn.Linear(D, D), key=nn.Linear(D, D), value=nn.Linear(D, D))
-        return parts(
-            attention=parts(self=heads, output=parts(dense=nn.Linear(D, D), LayerNorm=norm())),
-            intermediate=parts(dense=nn.Linear(D, inner)),
-            output=parts(dense=nn.Linear(inner, D), LayerNorm=norm()))
 
     def forward(self, input_ids, attention_mask):
         """ids (B, T), mask (B, T), padded on the right -> hidden states (B, T, D)."""
@@ -526,9 +556,7 @@ class Bert(Model):
         for layer in self.encoder.layer:
             heads = layer.attention.self
             out = layer.attention.output
-            q = split_heads(heads.query(h), width)
-            k = split_heads(heads.key(h), width)
-            v = split_heads(heads.value(h), width)
+            q, k, v = (split_heads(head(h), width) for head in heads.values())
             a = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
             h = out.LayerNorm(h + out.dense(merge_heads(a)))
             x = act(layer.intermediate.dense(h))
@@ -538,17 +566,14 @@ class Bert(Model):
     encode = forward
 
 
-# --------------------------------------------------------------------- batches, cache, generation
+# -------------------------------------------------------------------------------- batches and cache
 
 
 def pad(sequences, value=0):
     """Lists of ids -> ids and mask of 1 and 0, (B, longest) int64 each, padded on the right."""
-    longest = max(map(len, sequences))
-    ids = torch.full((len(sequences), longest), value)
-    mask = torch.zeros_like(ids)
-    for row, sequence in enumerate(sequences):
-        ids[row, : len(sequence)] = torch.as_tensor(sequence)
-        mask[row, : len(sequence)] = 1
+    rows = [torch.as_tensor(sequence, dtype=torch.int64) for sequence in sequences]
+    ids = pad_sequence(rows, batch_first=True, padding_value=value)
+    mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
     return ids, mask
 
 
@@ -560,13 +585,11 @@ def by_length(sequences, batch_size, limit=math.inf, held=len):
     """
     order = sorted(range(len(sequences)), key=lambda i: -len(sequences[i]))
     batches = []
-    n_rows = 0  # that the last of the batches may have
-    for i in order:
-        if not batches or len(batches[-1]) == n_rows:
-            batches.append([])
-            fitting = limit // held(sequences[i])  # all rows are padded to the first
-            n_rows = max(1, min(batch_size, fitting))
-        batches[-1].append(i)
+    while order:
+        fitting = limit // held(sequences[order[0]])  # all rows are padded to the first
+        n_rows = max(1, min(batch_size, fitting))
+        batches.append(order[:n_rows])
+        order = order[n_rows:]
     return batches
 
 
@@ -602,68 +625,41 @@ class Cache:
     Without room it keeps nothing: then one step is a pass over all tokens, as in training.
     """
 
-    def __init__(self, mask):
+    def __init__(self, mask, recompute=False):
+        self.recompute = recompute  # see `run`
         self.mask = mask  # T5: of the prompts, from `additive`. Llama: (B, room) bool, True at tokens
-        self.sees_all = False  # Llama: the last token may look at all others, in every row
-        self.bias = None  # T5: (1, H, room, room), from `position_bias`
         self.room = 0  # tokens that the buffers can hold
         self.length = 0  # tokens that they hold
-        self.own = []  # keys and values of these tokens, a pair per layer, (B, H, room, Dh) each
+        self.own = []  # per layer keys and values of these tokens, (2, B, H, room, Dh)
         self.cross = []  # T5: the same of the encoder's output, (B, H, S, Dh) each
+
+    def run(self, block, *inputs):
+        """Return block(*inputs).
+
+        With `recompute` autograd keeps the inputs alone; its backward pass runs the block again
+        (gradient checkpointing, arXiv 1604.06174).
+        """
+        if self.recompute and self.room == 0:
+            return checkpoint(block, *inputs, use_reentrant=False)
+        return block(*inputs)
 
     def append(self, layer, k, v):
         """k, v (B, H, T, Dh) of the next T tokens -> all keys and values of this layer so far."""
         if self.room == 0:
             return k, v
-        B, H, T, width = k.shape
+        new = torch.stack((k, v))
         if layer == len(self.own):
-            shape = (B, H, self.room, width)
-            self.own.append((k.new_empty(shape), v.new_empty(shape)))
-        keys, values = self.own[layer]
-        end = self.length + T
-        keys[:, :, self.length : end] = k
-        values[:, :, self.length : end] = v
-        return keys[:, :, :end], values[:, :, :end]
+            self.own.append(F.pad(new, (0, 0, 0, self.room - new.shape[3])))
+        kept = self.own[layer]
+        end = self.length + new.shape[3]
+        kept[:, :, :, self.length : end] = new
+        return kept[:, :, :, :end]
 
     def select(self, rows):
         """Keep these rows of the batch, in this order; a row named twice is copied."""
-        self.own = [(k[rows], v[rows]) for k, v in self.own]
+        self.own = [kept[:, rows] for kept in self.own]
         self.cross = [(k[rows], v[rows]) for k, v in self.cross]
         self.mask = self.mask[rows]
-
-
-@torch.no_grad()
-def greedy(lm, input_ids, attention_mask, max_new_tokens):
-    """Continue prompts with the likeliest token each time -> (B, <= max_new_tokens) new ids.
-
-    ids, mask (B, S), padded on either side. A row that has ended is filled up with pad_token_id, or
-    with its end token where there is no such id. `until_end` tells what was written.
-    """
-    ends = as_list(lm.config["eos_token_id"])
-    fillers = [*as_list(lm.config["pad_token_id"]), *ends, 0]
-    filler = next(i for i in fillers if i >= 0)  # old Llamas say pad_token_id: -1
-    ends = torch.tensor(ends, device=input_ids.device)
-    out = input_ids.new_full((len(input_ids), max_new_tokens), filler)
-    rows = torch.arange(len(input_ids), device=input_ids.device)  # rows of `out` still computed
-    alive = torch.ones_like(rows, dtype=torch.bool)  # which of these have not ended
-    for t in range(max_new_tokens):
-        if t == 0:
-            cache, logits = lm.prefill(input_ids, attention_mask, max_new_tokens)
-        else:
-            logits = lm.step(tokens[:, None], cache)[:, -1]
-        tokens = logits.argmax(-1)  # (rows,)
-        out[rows, t] = tokens.where(alive, filler)
-        alive &= ~torch.isin(tokens, ends)
-        n_alive = int(alive.sum())
-        if n_alive == 0:
-            return out[:, : t + 1]
-        # Rows that have ended leave the batch. This costs about one step: wait until it saves that.
-        if n_alive <= 0.75 * len(rows):
-            cache.select(alive)
-            rows = rows[alive]
-            tokens = tokens[alive]
-            alive = alive[alive]
-    return out
 
 
 # ------------------------------------------------------------------------------- sentence vectors
@@ -680,14 +676,13 @@ def pool(encoder, input_ids, attention_mask):
 def embed(encoder, tokenizer, texts, batch_size=64):
     """N texts -> (N, D) float32 on the CPU, from `pool`. A text too long loses its beginning."""
     limit = encoder.config.get("max_position_embeddings", 512)
-    table = next(encoder.parameters())  # the embeddings of the tokens, (V, D)
     ids = encode(tokenizer, texts)
     if max(map(len, ids), default=0) > limit:
         say_once(f"the encoder reads {limit} tokens at most; longer texts lose their beginning")
-    ids = [keep_end(i, limit) for i in ids]
+    table = next(encoder.parameters())  # the embeddings of the tokens, (V, D)
     out = torch.empty(len(ids), table.shape[1])
     for rows in by_length(ids, batch_size):
-        tokens, mask = pad([ids[i] for i in rows])
+        tokens, mask = pad([keep_end(ids[row], limit) for row in rows])
         out[rows] = pool(encoder, tokens.to(table.device), mask.to(table.device)).cpu()
     return out
 
@@ -698,6 +693,8 @@ ARCHITECTURES = {  # by config.json's model_type: the class here, and its name i
     "t5": (T5, "T5ForConditionalGeneration"),
     "llama": (Llama, "LlamaForCausalLM"),
     "mistral": (Llama, "MistralForCausalLM"),
+    "qwen2": (Llama, "Qwen2ForCausalLM"),
+    "qwen3": (Llama, "Qwen3ForCausalLM"),
     "bert": (Bert, "BertModel"),
 }
 IGNORED = (  # what some checkpoints store besides
@@ -724,23 +721,22 @@ def load(path, device="cpu", dtype=None):
     run code, and generation_config.json.
     """
     path = Path(path)
-    wants = "give one with config.json, model.safetensors and tokenizer.json"
-    require(path.is_dir(), f"{path}: no such folder; {wants}")
+    require(
+        path.is_dir(),
+        f"{path}: no such folder; give one with config.json, model.safetensors and tokenizer.json")
     config = read_config(path)
     kind = config.get("model_type")
     known = list(ARCHITECTURES)
-    mend = f"is not supported; take one of {', '.join(known)}"
-    require(kind in known, f"{path}/config.json: model_type {kind!r} {mend}")
+    require(
+        kind in known,
+        f"{path}/config.json: model_type {kind!r} is not supported; take one of {', '.join(known)}")
     try:
         with torch.device("meta"):  # its shape, without memory
             lm = ARCHITECTURES[kind][0](config)
     except BadInput as error:
         raise BadInput(f"{path}/config.json: {error}") from None
     tokenizer = load_tokenizer(path / "tokenizer.json", lm.config["vocab_size"])
-    tensors = read_weights(path)
-    if kind == "t5" and "lm_head.weight" not in tensors:
-        lm.lm_head = None  # then `shared` is the head, as in transformers 5
-    lm.load_state_dict(wanted_weights(tensors, lm, path, device, dtype), assign=True)
+    lm.load_state_dict(read_weights(lm, path, device, dtype), assign=True)
     return lm.eval(), tokenizer
 
 
@@ -754,8 +750,9 @@ def load_tokenizer(file, vocab_size):
     except Exception as error:  # the library raises a bare Exception
         raise BadInput(f"{file}: not a tokenizer ({error}); {mend}") from None
     last = max(tokenizer.get_vocab().values(), default=0)
-    beyond = f"token id {last}, but config.json says vocab_size {vocab_size}"
-    require(last < vocab_size, f"{file}: {beyond}; {mend}")
+    require(
+        last < vocab_size,
+        f"{file}: token id {last}, but config.json says vocab_size {vocab_size}; {mend}")
     tokenizer.no_padding()
     tokenizer.no_truncation()
     return tokenizer
@@ -767,12 +764,13 @@ def weight_files(path):
     index = path / "model.safetensors.index.json"
     if whole.exists():
         return [whole]
-    pickles = sorted(file.name for file in path.glob("*.bin"))
     why = "no model.safetensors"
+    pickles = sorted(path.glob("*.bin"))
     if pickles:
-        why = f"only pickled weights ({pickles[0]}), which can run code"
-    convert = "convert with transformers: save_pretrained(..., safe_serialization=True)"
-    require(index.exists(), f"{path}: {why}; {convert}")
+        why = f"only pickled weights ({pickles[0].name}), which can run code"
+    require(
+        index.exists(),
+        f"{path}: {why}; convert with transformers: save_pretrained(..., safe_serialization=True)")
     try:
         names = sorted(set(read_json(index)["weight_map"].values()))
     except (AttributeError, KeyError, TypeError):
@@ -784,45 +782,40 @@ def weight_files(path):
     return [path / name for name in names]
 
 
-def read_weights(path):
-    """Return {name: tensor} of all that the folder stores: maps of its files, not read yet."""
-    tensors = {}
-    for file in weight_files(path):
-        try:
-            tensors |= load_file(file)
-        except (SafetensorError, OSError) as error:
-            why = f"not a whole safetensors file ({error})"
-            raise BadInput(f"{file}: {why}; download it again") from None
-    return {key.removeprefix("bert."): tensor for key, tensor in tensors.items()}
+def read_weights(lm, path, device, dtype):
+    """Return the state dict of `lm`, from the folder; dtype None: as the first of it is stored.
 
-
-def wanted_weights(tensors, lm, path, device, dtype):
-    """Return the tensors that `lm` wants, on `device`; dtype None: as the first of them is stored.
-
-    Raise BadInput unless they are all there, whole, and nothing else is.
+    Raise BadInput unless it is all there, whole, and nothing else is.
     """
     again = "download the folder again"
-    wanted = lm.state_dict()
-    missing = sorted(wanted.keys() - tensors.keys())
+    tensors = {}
+    for file in weight_files(path):
+        tensors |= read_tensors(file)[0]  # maps of the file, not read yet
+    tensors = {name.removeprefix("bert."): tensor for name, tensor in tensors.items()}
+    if isinstance(lm, T5) and "lm_head.weight" not in tensors:
+        lm.lm_head = None  # then `shared` is the head, as in transformers 5
+    state = lm.state_dict()
+    missing = sorted(state.keys() - tensors.keys())
     if missing:
-        lost = f"tensor {missing[0]} is missing, and {len(missing) - 1} more"
-        raise BadInput(f"{path}: {lost}; {again}")
-    for name in sorted(tensors.keys() - wanted.keys()):
+        raise BadInput(
+            f"{path}: tensor {missing[0]} is missing, and {len(missing) - 1} more; {again}")
+    for name in sorted(tensors.keys() - state.keys()):
         ignored = any(part in name for part in IGNORED)
         require(ignored, f"{path}: tensor {name} has no place in config.json's model; {again}")
-    found = {}
-    for name, want in wanted.items():
+    for name, want in state.items():
         place = f"{path}: tensor {name}"
-        shape = tuple(tensors[name].shape)
-        require(shape == want.shape, f"{place} is {shape}, config.json says {tuple(want.shape)}; {again}")
-        stored = tensors[name].dtype
-        dense = stored.is_floating_point and stored.itemsize > 1
-        require(dense, f"{place} is stored as {stored}, quantised; take the weights as they were before")
-        dtype = dtype or stored
-        found[name] = tensors[name].to(device).to(dtype)
-        ends = torch.stack(found[name].aminmax())  # 20 times as fast as isfinite() of all
+        tensor = tensors[name]
+        require(
+            tensor.shape == want.shape,
+            f"{place} is {tuple(tensor.shape)}, config.json says {tuple(want.shape)}; {again}")
+        require(
+            tensor.is_floating_point() and tensor.itemsize > 1,
+            f"{place} is stored as {tensor.dtype}, quantised; take the weights as they were before")
+        dtype = dtype or tensor.dtype
+        state[name] = tensor.to(device).to(dtype)
+        ends = torch.stack(state[name].aminmax())  # 20 times as fast as isfinite() of all
         require(ends.isfinite().all(), f"{place} holds NaN or infinite numbers; {again}")
-    return found
+    return state
 
 
 def save(lm, tokenizer, path):
@@ -869,7 +862,8 @@ def read_tensors(file):
             tensors = {name: opened.get_tensor(name) for name in opened.keys()}
             return tensors, opened.metadata() or {}
     except (SafetensorError, OSError) as error:
-        raise BadInput(f"{file}: not readable as safetensors ({error})") from None
+        why = "not readable as safetensors: damaged, or not a whole safetensors file"
+        raise BadInput(f"{file}: {why} ({error})") from None
 
 
 def part_of(tensors, name):
@@ -931,8 +925,9 @@ def read_config(folder):
     """Return a checkpoint's config.json, a dict."""
     file = folder / "config.json"
     config = read_json(file)
-    why = "holds no settings (model_type, sizes)"
-    require(isinstance(config, dict), f"{file}: {why}; download it again")
+    require(
+        isinstance(config, dict),
+        f"{file}: holds no settings (model_type, sizes); download it again")
     return config
 
 
@@ -955,8 +950,8 @@ def read_rows(path):
         try:
             row = json.loads(line)
         except (ValueError, RecursionError) as error:
-            why = f"not a line of JSON ({error})"
-            raise BadInput(f"{path}:{number}: {why}; mend or delete it") from None
+            raise BadInput(
+                f"{path}:{number}: not a line of JSON ({error}); mend or delete it") from None
         yield f"{path}:{number}", row
 
 
@@ -977,11 +972,12 @@ def checked(config, defaults):
     config = {**defaults, **config}
     for key, default in defaults.items():
         value = config[key]
+        kind = type(default)
         if key.endswith("token_id"):
             ok = all(type(i) is int for i in as_list(value))
-        elif type(default) in (bool, str):
-            ok = type(value) is type(default)
-        elif type(default) is float:
+        elif kind in (bool, str):
+            ok = type(value) is kind
+        elif kind is float:
             ok = type(value) in (int, float) and value >= 0
         else:  # a size; its default is None where another size stands in for it
             limit = 1000 if key.endswith("layers") else 10**6
@@ -1002,18 +998,17 @@ def one_line_errors():
 
     The exit code is then 2; after Ctrl-C it is 130. Under torchrun the line names the rank.
     """
+    code = 2
     try:
         yield
+        return
     except BadInput as error:
-        stop(2, f"error: {error}")
+        message = f"error: {error}"
     except (OSError, SafetensorError) as error:  # what was written before is whole: see `atomic`
-        stop(2, f"error: {error}; mend that, or make room, and start again (train.py: --resume)")
+        message = f"error: {error}; mend that, or make room, and start again (train.py: --resume)"
     except KeyboardInterrupt:
-        stop(130, "\nstopped; go on with the same command and --resume")
-
-
-def stop(code, message):
-    """Print the line that a script ends with, and end it."""
+        code = 130
+        message = "\nstopped; go on with the same command and --resume"
     rank = os.environ.get("RANK", "0")
     if rank != "0":
         message = f"rank {rank}: {message}"
@@ -1036,9 +1031,9 @@ def linear(x, weight):
     large = x.is_cpu and x.dtype == weight.dtype == torch.float32 and weight.numel() >= LARGE
     # Autocast and torch.compile pick a product themselves.
     picked = torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling()
-    if picked or not large or not HAS_ONEDNN:
-        return F.linear(x, weight)
-    return OneDNN.apply(x, weight) if torch.is_grad_enabled() else onednn(x, weight)
+    if large and HAS_ONEDNN and not picked:
+        return OneDNN.apply(x, weight)
+    return F.linear(x, weight)
 
 
 def onednn(x, weight):

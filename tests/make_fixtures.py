@@ -1,6 +1,7 @@
 """Golden checkpoints for tests/test_model.py: tiny, random, one of each spelling, answered by transformers.
 
-    python tests/make_fixtures.py        # needs transformers; rewrites tests/fixtures/
+    python tests/make_fixtures.py                # needs transformers; rewrites tests/fixtures/
+    python tests/make_fixtures.py qwen2 qwen3    # these alone
 
 Each folder is a checkpoint (config.json, weights, tokenizer.json) and golden.safetensors: inputs, logits and
 greedy tokens as transformers computes them in float32, with its version in the metadata. Every row of a decoder-only
@@ -10,6 +11,7 @@ the model generates, so that rows end at different times.
 
 import json
 import shutil
+import sys
 from pathlib import Path
 
 import torch
@@ -41,14 +43,35 @@ CASES = {  # name: (config, changes of the spelling, or of the storage, of what 
     "mistral-window": (transformers.MistralConfig(**LLAMA, num_key_value_heads=2, sliding_window=5), ()),
     "mistral": (transformers.MistralConfig(**LLAMA, num_key_value_heads=2, sliding_window=None, head_dim=6),
                 ("torch_dtype", "rope_theta")),
+    "llama-bias": (transformers.LlamaConfig(**LLAMA, attention_bias=True), ()),
+    "qwen2": (transformers.Qwen2Config(**LLAMA, num_key_value_heads=2, tie_word_embeddings=True),
+              ("torch_dtype", "rope_theta", "window")),
+    "qwen3": (transformers.Qwen3Config(**LLAMA, num_key_value_heads=2, head_dim=6), ("sharded",)),
     "bert": (transformers.BertConfig(vocab_size=VOCAB, hidden_size=16, num_hidden_layers=2, num_attention_heads=4,
                                      intermediate_size=24, max_position_embeddings=40), ("torch_dtype",)),
 }
 CLASSES = {"t5": transformers.T5ForConditionalGeneration, "llama": transformers.LlamaForCausalLM,
-           "mistral": transformers.MistralForCausalLM, "bert": transformers.BertModel}
+           "mistral": transformers.MistralForCausalLM, "qwen2": transformers.Qwen2ForCausalLM,
+           "qwen3": transformers.Qwen3ForCausalLM, "bert": transformers.BertModel}
 
 
 def make_tokenizer(kind):
+    tokenizer = byte_tokenizer() if kind.startswith("qwen") else word_tokenizer(kind)
+    tokenizer.enable_truncation(8)  # stored so in real tokenizer.json files; `load` must switch both off
+    tokenizer.enable_padding(length=8)
+    return tokenizer
+
+
+def byte_tokenizer():
+    """transformers takes Qwen's own class for a Qwen, whatever is stored: it knows bytes and merges alone."""
+    tokens = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *map(chr, range(ord("a"), ord("z") + 1)), "Ġ", "th", "the"]
+    vocab = {token: i for i, token in enumerate(tokens)}
+    tokenizer = transformers.Qwen2Tokenizer(vocab, [("t", "h"), ("th", "e")]).backend_tokenizer
+    tokenizer.add_special_tokens(tokens[:3])
+    return tokenizer
+
+
+def word_tokenizer(kind):
     special = {"t5": ["<pad>", "</s>", "<unk>"], "bert": ["[PAD]", "[CLS]", "[SEP]", "<unk>"]}
     special = special.get(kind, ["<unk>", "<s>", "</s>"])
     tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate(special + WORDS)}, unk_token="<unk>"))
@@ -57,8 +80,6 @@ def make_tokenizer(kind):
     around = {"t5": "$A </s>", "bert": "[CLS] $A [SEP]"}.get(kind, "<s> $A")
     ids = [(t, tokenizer.token_to_id(t)) for t in around.split() if t != "$A"]
     tokenizer.post_processor = processors.TemplateProcessing(single=around, special_tokens=ids)
-    tokenizer.enable_truncation(8)  # stored so in real tokenizer.json files; `load` must switch both off
-    tokenizer.enable_padding(length=8)
     return tokenizer
 
 
@@ -132,7 +153,7 @@ def build(name, seed):
             golden |= {f"logits{i}": model(row[None]).logits[0] for i, row in enumerate(rows)}
         if kind != "bert":
             free, margin = generate(model, rows, None)
-            eos = choose_eos(free, several=name == "llama-3.1")
+            eos = choose_eos(free, several=name in ("llama-3.1", "qwen3"))
             golden["generated"], _ = generate(model, rows, eos)
             if margin < 1e-3 or len(set(lengths(free, eos))) < 4 or max(lengths(free, eos)) < NEW:
                 return False
@@ -155,6 +176,9 @@ def build(name, seed):
             raw["rope_scaling"]["rope_type"] = "llama3"
     if "flan" in changes:  # as Google's checkpoints say it; transformers 5 writes another pair
         raw["tie_word_embeddings"] = raw.pop("scale_decoder_outputs")
+    if "window" in changes:  # as Qwen's checkpoints say it: the window does not count; transformers 5 says null
+        raw["sliding_window"] = 5
+        del raw["layer_types"]
     if "bfloat16" in changes:
         raw["dtype"] = "bfloat16"
         weights = {k: v.bfloat16() for k, v in load_file(folder / "model.safetensors").items()}
@@ -179,7 +203,7 @@ def text_embeddings(model, tokenizer):
 
 if __name__ == "__main__":
     transformers.logging.set_verbosity_error()
-    for name in CASES:
+    for name in sys.argv[1:] or CASES:
         seed = next(seed for seed in range(500) if build(name, seed))
         size = sum(f.stat().st_size for f in (FIXTURES / name).iterdir())
         print(f"{name}: seed {seed}, {size / 1e3:.0f} kB, {len(list((FIXTURES / name).iterdir()))} files")

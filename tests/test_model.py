@@ -19,7 +19,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 import model
 
 FIXTURES = ROOT / "tests" / "fixtures"
-DECODERS = ["llama-2", "llama-3.1", "llama-3.2", "mistral-window", "mistral"]
+DECODERS = ["llama-2", "llama-3.1", "llama-3.2", "mistral-window", "mistral", "llama-bias", "qwen2", "qwen3"]
 ENCODER_DECODERS = ["t5", "flan-t5"]
 N = 5  # rows of every fixture, of different lengths
 
@@ -138,8 +138,9 @@ def test_onednn_products_and_gradients(monkeypatch):
     test_bert_hidden_states_and_embeddings()
 
 
-def test_llama_31_stops_at_each_of_its_end_tokens():
-    lm, _, golden, rows = load("llama-3.1")
+@pytest.mark.parametrize("name", ["llama-3.1", "qwen3"])
+def test_stops_at_each_of_its_end_tokens(name):
+    lm, _, golden, rows = load(name)
     ends = {r[-1] for r in trimmed(golden["generated"], lm.config["eos_token_id"])}
     assert set(lm.config["eos_token_id"]) <= ends and len(lm.config["eos_token_id"]) == 2
 
@@ -222,18 +223,20 @@ def test_t5_without_a_stored_head_opens_in_transformers(tmp_path):
 
 def test_relative_position_buckets_written_out():
     """32 buckets up to distance 128 (T5's own): exact below 8 (16), then 8 (16) logarithmic steps, then the last."""
-    both = model.relative_position_buckets(300, 300, True, 32, 128)
+    places = torch.arange(300)
+    distance = places - places[:, None]
+    both = model.relative_position_buckets(distance, True, 32, 128)
     assert both[0, [0, 1, 7, 8, 11, 12, 15, 16, 22, 23, 31, 32, 45, 46, 63, 64, 90, 91, 127, 299]].tolist() == [
         0, 17, 23, 24, 24, 25, 25, 26, 26, 27, 27, 28, 28, 29, 29, 30, 30, 31, 31, 31]
     assert torch.equal(both.T[0, 1:], both[0, 1:] - 16)  # keys behind take the lower half
-    causal = model.relative_position_buckets(300, 300, False, 32, 128)
+    causal = model.relative_position_buckets(distance, False, 32, 128)
     at = [299, 298, 284, 283, 279, 278, 200, 172, 171, 0]
     assert causal[299, at].tolist() == [0, 1, 15, 16, 17, 18, 30, 31, 31, 31]
     assert causal[0, 1:].eq(0).all()  # what the mask hides
 
 
 def test_rope_frequencies_written_out():
-    close(model.rope_frequencies(8, 10000.0), torch.tensor([1.0, 0.1, 0.01, 0.001]), atol=1e-8)
+    close(model.rope_frequencies(8, 10000.0, {}), torch.tensor([1.0, 0.1, 0.01, 0.001]), atol=1e-8)
     scaling = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
                "original_max_position_embeddings": 64}
     # theta 500: wavelengths 6.28 (kept), 29.7 (between 64/4 and 64/1), 140.5 and 664 (slowed 8 times)
@@ -247,14 +250,16 @@ def test_rope_frequencies_written_out():
 
 def test_rotation_written_out_and_scores_depend_on_distance_alone():
     x = torch.tensor([1.0, 2.0, 3.0, 4.0]).view(1, 1, 1, 4)  # pairs (1, 3) and (2, 4), turned by a quarter and a half
-    quarter_half = model.rotations(torch.tensor([1]), torch.tensor([math.pi / 2, math.pi]), torch.float32)
+    angles = torch.tensor([[-math.pi / 2, -math.pi, math.pi / 2, math.pi]])
+    quarter_half = (angles.cos(), angles.sin())
     close(model.rotate(x, *quarter_half)[0, 0, 0], torch.tensor([-3.0, -2.0, 1.0, -4.0]), atol=1e-6)
 
     q, k = torch.randn(2, 1, 1, 1, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    frequencies = model.rope_frequencies(8, 10000.0).double()
+    frequencies = model.rope_frequencies(8, 10000.0, {}).double()
 
     def turn(x, place):
-        return model.rotate(x, *model.rotations(torch.tensor([place]), frequencies, x.dtype))
+        angles = place * torch.cat((-frequencies, frequencies))
+        return model.rotate(x, angles.cos(), angles.sin())
 
     def score(m, n):
         return (turn(q, m) * turn(k, n)).sum().item()
@@ -264,8 +269,27 @@ def test_rotation_written_out_and_scores_depend_on_distance_alone():
 
 
 def test_causal_window_written_out():
-    assert model.causal(2, 4, "cpu").int().tolist() == [[1, 1, 1, 0], [1, 1, 1, 1]]
-    assert model.causal(2, 4, "cpu", window=2).int().tolist() == [[0, 1, 1, 0], [0, 0, 1, 1]]
+    lm, _, _, _ = load("llama-2")
+    tokens = torch.tensor([[True] * 4, [False] + [True] * 3])
+    lm.c.sliding_window = None
+    cache = model.Cache(tokens)
+    assert lm.mask(4, cache)[1, 0, 0].int().tolist() == [1, 0, 0, 0]  # padding sees itself
+    cache.length = 2
+    assert lm.mask(2, cache)[:, 0].int().tolist() == [[[1, 1, 1, 0], [1, 1, 1, 1]], [[0, 1, 1, 0], [0, 1, 1, 1]]]
+    lm.c.sliding_window = 2
+    assert lm.mask(2, cache)[:, 0].int().tolist() == [[[0, 1, 1, 0], [0, 0, 1, 1]]] * 2
+
+
+@torch.no_grad()
+def test_t5_bias_of_the_last_tokens():
+    """The decoder may look at itself and behind, and a step's bias is the last rows of the whole."""
+    lm, _, _, _ = load("t5")
+    cache = model.Cache(torch.zeros(1, 1, 1, 9))
+    whole = lm.decoder.bias(9, cache)
+    assert whole.isinf().int()[0].tolist() == torch.ones(lm.c.num_heads, 9, 9).triu(1).int().tolist()
+    assert lm.encoder.bias(9, cache).isfinite().all()
+    cache.length = 7
+    assert torch.equal(lm.decoder.bias(2, cache), whole[:, :, 7:])
 
 
 def test_t5_dropout_only_in_training():
@@ -316,8 +340,7 @@ def test_logits_of_the_tokens_to_keep_alone():
 
 
 def test_t5_trains_after_inference_mode():
-    """The table of position buckets is kept between calls: it must not be born an inference tensor."""
-    model.relative_position_buckets.cache_clear()
+    """Nothing that is kept between calls may be born an inference tensor."""
     lm, _, golden, rows = load("t5")
     with torch.inference_mode():
         lm(*pad(rows, "right"), golden["decoder"])
@@ -345,6 +368,51 @@ def test_t5_gradients_reach_every_weight_and_match_differences():
             p += eps * direction
         assert expected == pytest.approx((up - down) / (2 * eps), rel=1e-3, abs=1e-7), name
         assert p.grad.abs().max() > 0, name
+
+
+def training_step(lm, inputs):
+    """One forward and backward pass -> (loss, gradients, bytes that the forward pass kept for the backward pass)."""
+    kept = {}
+
+    def keep(tensor):
+        kept[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    torch.manual_seed(0)
+    lm.train().zero_grad()
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        loss = lm(*inputs).square().mean()
+    weights = {p.untyped_storage().data_ptr() for p in lm.parameters()}
+    n_bytes = sum(kept[key].untyped_storage().nbytes() for key in kept.keys() - weights)
+    loss.backward()
+    return loss.detach(), [p.grad for p in lm.parameters()], n_bytes
+
+
+@pytest.mark.parametrize("name", [*DECODERS, *ENCODER_DECODERS])
+def test_recompute_gives_the_same_gradients_from_less_memory(name):
+    """T5 draws the same dropout again."""
+    lm, _, golden, rows = load(name)
+    inputs = pad(rows, "right")
+    if "decoder" in golden:
+        inputs = (*inputs, golden["decoder"])
+    loss, gradients, n_bytes = training_step(lm, inputs)
+    lm.recompute = True
+    loss_again, gradients_again, n_bytes_again = training_step(lm, inputs)
+    assert torch.equal(loss, loss_again)
+    assert all(torch.equal(a, b) for a, b in zip(gradients, gradients_again, strict=True))
+    assert n_bytes_again < 0.5 * n_bytes
+
+
+def test_recompute_leaves_a_cache_with_room_alone():
+    for name in ("llama-2", "t5"):
+        lm, _, _, rows = load(name)
+        ids, mask = pad(rows, "right")
+        plain = lm.generate(ids, mask, 8)
+        lm.recompute = True
+        assert torch.equal(lm.generate(ids, mask, 8), plain)
+        cache, first = lm.prefill(ids, mask, 2)  # with gradients, as nobody should
+        lm.step(torch.full((N, 1), 9), cache)
+        assert len(cache.own) == 2 - (name == "t5") and first.requires_grad
 
 
 # -------------------------------------------------------------------------- cache, batches, padding
@@ -565,6 +633,15 @@ def test_load_ignores_what_checkpoints_store_for_nothing(name, extra, tmp_path):
     assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
 
+def test_what_is_saved_says_the_heads_sizes_and_no_window_that_qwen_does_not_mean(tmp_path):
+    """transformers takes `head_dim: null` of a Qwen2 at its word."""
+    lm, tokenizer, _, _ = load("qwen2")
+    model.save(lm, tokenizer, tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["head_dim"] == 4 and config["num_key_value_heads"] == 2 and config["sliding_window"] is None
+    assert config["architectures"] == ["Qwen2ForCausalLM"]
+
+
 def test_load_reads_bert_with_the_prefix_of_its_heads(tmp_path):
     folder = copy("bert", tmp_path)
     weights(folder, lambda t: [t.update({f"bert.{key}": t.pop(key)}) for key in list(t)])
@@ -703,6 +780,7 @@ def mute_bpe(vocab, unk_token):
 
 Q = "model.layers.1.self_attn.q_proj.weight"
 CLAIM = b'{"a":{"dtype":"F32","shape":[1000000000],"data_offsets":[0,4000000000]}}'
+TORN = "model.safetensors: not readable as safetensors: damaged, or not a whole safetensors file"
 MAP, SHARD, INFINITE = "weight_map", "model-00001-of-00004.safetensors", f"tensor {Q} holds NaN or infinite numbers"
 BAD = {  # what is done to a copy of a fixture: (fixture, change of the folder, words of the message)
     "missing folder": ("llama-2", shutil.rmtree, "no such folder"),
@@ -724,10 +802,10 @@ BAD = {  # what is done to a copy of a fixture: (fixture, change of the folder, 
                      "only pickled weights (pytorch_model.bin), which can run code; convert"),
     "no weights": ("llama-2", lambda d: (d / "model.safetensors").unlink(), "no model.safetensors; convert"),
     "truncated": ("llama-2", lambda d: (d / "model.safetensors").write_bytes(
-        (d / "model.safetensors").read_bytes()[:-100]), "model.safetensors: not a whole safetensors file"),
-    "empty": ("llama-2", lambda d: (d / "model.safetensors").write_bytes(b""), "model.safetensors: not a whole"),
-    "long header": ("llama-2", lambda d: raw_header(d, 10**15, b"{}"), "model.safetensors: not a whole"),
-    "header claims more": ("llama-2", lambda d: raw_header(d, len(CLAIM), CLAIM), "model.safetensors: not a whole"),
+        (d / "model.safetensors").read_bytes()[:-100]), TORN),
+    "empty": ("llama-2", lambda d: (d / "model.safetensors").write_bytes(b""), TORN),
+    "long header": ("llama-2", lambda d: raw_header(d, 10**15, b"{}"), TORN),
+    "header claims more": ("llama-2", lambda d: raw_header(d, len(CLAIM), CLAIM), TORN),
     "missing shard": ("llama-3.1", lambda d: (d / "model-00002-of-00004.safetensors").unlink(),
                       "index.json: names 'model-00002-of-00004.safetensors', which is not in the folder; download"),
     "index a list": ("llama-3.1", lambda d: index(d, lambda v: [v]), "index.json: has no weight_map"),
@@ -768,6 +846,7 @@ SETTINGS = {  # of config.json, refused by their name before memory is taken for
     "t5": (
         ("num_layers", 10**9), ("d_model", 10**9), ("num_heads", "3"), ("d_kv", -6),
         ("num_decoder_layers", 10**8), ("dropout_rate", 2)),
+    "qwen2": (("use_sliding_window", True), ("attention_bias", 1)),
     "bert": (("num_attention_heads", 3), ("hidden_size", 10**9), ("max_position_embeddings", -1)),
 }
 for name, settings in SETTINGS.items():
