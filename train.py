@@ -74,7 +74,7 @@ ARGUMENTS = {
         ("batch-tokens", positive, 2**14, "that a teacher holds at once: prompts, choices, rationales"),
     ],
     "training": [
-        ("lam", weight, None, "weight of the rationale loss (default: 4 in the micro world, else 1)"),
+        ("lam", weight, None, "weight of the rationale loss (default: 16 in the micro world, else 1)"),
         ("teacher-prefixes", flag, False, "a prefix for each teacher's rationales, as TinyLLM has"),
         ("alpha", weight, None, "weight of each rationale, alpha_m (default: lambda / M)"),
         ("steps", positive, 1000, "optimiser steps"),
@@ -225,7 +225,7 @@ def settle(args):
     defaults = dict(
         dtype="bfloat16" if args.device == "cuda" else "float32",
         out=f"out/{args.purifier}{'-ood' if args.ood else ''}-{args.seed}",
-        lam=4.0 if in_micro_world else 1.0,
+        lam=16.0 if in_micro_world else 1.0,
         lr=1.5e-3 if args.student == "tiny" else 3e-4,
         shots=0 if in_micro_world else 2,
         explain=10**9 if in_micro_world else 100,
