@@ -22,6 +22,9 @@ class MajorityVote(Choice):
 
 
 def lies(questions):
+    """One lie a question. As a fifth teacher in world 0 (seed 0, the first 320 questions) the router
+    never picks it with "score": 0.0, and always with 1.0: a router trusts the scores.
+    """
     texts = {}
     for q in questions:
         wrong = q.choices[(q.answer + 1) % len(q.choices)]
