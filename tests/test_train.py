@@ -556,19 +556,24 @@ def test_a_bert_cannot_be_a_student(world, teacher_folders, tmp_path):
 
 
 def test_a_decoder_only_student_needs_an_encoder_beside_it(world, teacher_folders, tmp_path):
-    """A T5 teacher is one; without it the line says what to give. It scores and aggregates itself."""
-    how = ["--purifier", "router", "--student", str(teacher_folders[1])]
-    assert result_of(run(world, teacher_folders, tmp_path, *how, name="beside a T5"))
+    """A T5 teacher is one; without it the line says what to give. It can score and aggregate itself."""
+
+    def purifier(teachers, *how):
+        arguments = [*on(world, teachers), "--student", str(teacher_folders[1]), *how]
+        args = train.parse_args([*arguments, "--cache", str(tmp_path / "cache")])
+        train.settle(args)
+        data, teachers, student, _, open_lm = train.open_parts(args, train.Ranks("cpu"))
+        assert student.config["model_type"] == "llama"
+        return purify.PURIFIERS["router"](args, data["train"], [], data["train"], teachers, open_lm)
+
+    questions = read_data(world)["train"]
+    assert len(purifier(teacher_folders).embed(questions)) == len(questions)
     with pytest.raises(model.BadInput, match="no sentence encoder; give --encoder DIR") as error:
-        run(world, teacher_folders[1:], tmp_path, *how, name="alone")
+        purifier(teacher_folders[1:]).embed(questions)
     assert "\n" not in str(error.value)
-    encoder = ["--encoder", str(teacher_folders[0])]
-    assert result_of(run(world, teacher_folders[1:], tmp_path, *how, *encoder, name="with encoder"))
-    folder, a = texts_for(world, tmp_path / "data", ["train"])
-    for purifier in ("oracle", "aggregate"):
-        how = ["--purifier", purifier, "--student", str(teacher_folders[1])]
-        result = result_of(run(folder, [a, a], tmp_path, *how, name=purifier))
-        assert result["ledger"]["score_read"] > 0 or purifier == "aggregate"
+    given = purifier(teacher_folders[1:], "--encoder", str(teacher_folders[0]))
+    assert len(given.embed(questions)) == len(questions)
+    assert given.open_lm(None)[0].config["model_type"] == "llama"
 
 
 def test_eval_of_nothing_ends_with_one_line(tmp_path):
