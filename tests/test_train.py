@@ -310,10 +310,13 @@ def answers_in(cache):
 
 @pytest.mark.parametrize("purifier", ["none", "rl"])
 def test_two_ranks_train_as_one_with_twice_the_batch(world, teacher_folders, tmp_path, purifier):
-    one = run(world, teacher_folders, tmp_path, "--purifier", purifier, "--batch-size", "8", name="one")
+    how = ["--purifier", purifier]
+    if purifier == "none":
+        how += ["--student", str(teacher_folders[1])]  # a Llama; the other one is a T5
+    one = run(world, teacher_folders, tmp_path, *how, "--batch-size", "8", name="one")
     two = tmp_path / "two"
     where = ["--cache", tmp_path / "cache-two", "--out", two]
-    arguments = [*on(world, teacher_folders), *SHORT, "--purifier", purifier, *where]
+    arguments = [*on(world, teacher_folders), *SHORT, *how, *where]
     process = torchrun(ROOT / "train.py", *arguments)
     assert process.returncode == 0, process.stderr
     assert process.stdout.count("test accuracy") == 1
