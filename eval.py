@@ -2,7 +2,7 @@
 
     python eval.py out/router-0               # the figures that the run printed
     python eval.py out/router-0 --show 5      # what teachers wrote, what was chosen, what it says
-    python eval.py CHECKPOINT --data DIR      # any T5 checkpoint folder, any data set
+    python eval.py CHECKPOINT --data DIR      # any checkpoint folder, any data set
     python eval.py --compare "--purifier router" "--purifier none --alpha 1"    # your own ablation
     python eval.py --table                    # every purifier and control
     python eval.py --conflict                 # TinyLLM and the router with 1, 2, 3, 4 teachers
@@ -78,7 +78,7 @@ from purify import PURIFIERS
 
 
 def open_student(args):
-    """Return (settings of the run, None for a bare checkpoint; student; tokenizer)."""
+    """Return (settings of the run, None for a bare checkpoint; student; kp.TokenCache)."""
     folder = Path(args.run)
     settings = None
     why = f"{folder}: no such folder; give a run (out/RUN) or a checkpoint folder"
@@ -89,17 +89,14 @@ def open_student(args):
         settings = argparse.Namespace(**model.read_json(folder / "config.json"))
         settings.device = args.device
         folder = folder / "student"
-    student, tokenizer = model.load(folder, args.device)
-    kind = student.config["model_type"]
-    require(kind == "t5", f"{folder}: a student is a T5; this is a {kind}")
-    return settings, student, tokenizer
+    return settings, *kp.open_student(folder, args.device)
 
 
 def evaluate(args):
     """Return {measure: {task: share, ..., "mean"}} of a student on test and ood/test: train.measure,
     and TinyLLM's accuracy, the share of answers that it generates word by word.
     """
-    settings, student, tokenizer = open_student(args)
+    settings, student, token_cache = open_student(args)
     if settings is None:  # a bare checkpoint: measured as a run with default arguments would be
         settings = train.parse_args([])
         settings.data = args.data
@@ -115,10 +112,10 @@ def evaluate(args):
     for split, label in (("test", ""), ("ood/test", "out of domain: ")):
         questions = data.get(split, [])
         if questions:
-            found = train.measure(settings, student, tokenizer, questions, prefixes)
+            found = train.measure(settings, student, token_cache, questions, prefixes)
             for name, share in found.items():
                 shares[label + name.replace("_", " ")] = share
-            shares[label + "exact match"] = kp.exact_match(student, tokenizer, questions)
+            shares[label + "exact match"] = kp.exact_match(student, token_cache, questions)
     return shares
 
 
@@ -126,7 +123,7 @@ def look(args):
     """Print for some training questions what each teacher wrote, what the student was given, and
     what it says now.
     """
-    settings, student, tokenizer = open_student(args)
+    settings, student, token_cache = open_student(args)
     require(settings, f"{args.run}: --show needs a run's folder (out/RUN), not a bare checkpoint")
     require(args.data is None, "--show takes the questions of the run itself; leave --data out")
     data, teachers, *_ = train.open_parts(settings, train.Ranks(args.device))
@@ -142,9 +139,9 @@ def look(args):
             print_rationale(name + chance, teachers.rationales([q], [m])[0], q)
         for text in row["rationales"]:
             print_rationale("=> student learnt", text, q)
-        (guess,) = kp.guesses(student, tokenizer, [q], settings.per_token)
+        (guess,) = kp.guesses(student, token_cache, [q], settings.per_token)
         print_line("student answers", q.choices[guess], guess == q.answer)
-        (text,) = kp.explanations(student, tokenizer, [q], settings.max_new_tokens)
+        (text,) = kp.explanations(student, token_cache, [q], settings.max_new_tokens)
         print_rationale("student explains", text, q)
     print("-" * 100)
     print("+ concludes on the right answer   - on another or none   => what the purifier gave")
@@ -408,7 +405,7 @@ def conflict_meter(run, n_pairs=64):
     """
     settings = argparse.Namespace(**model.read_json(run / "config.json"))
     rng = random.Random(0)
-    data, _, student, tokenizer, _ = train.open_parts(settings, train.Ranks(settings.device))
+    data, _, student, token_cache, _ = train.open_parts(settings, train.Ranks(settings.device))
     given = {row["id"]: row["rationales"] for _, row in model.read_rows(run / "purified.jsonl")}
     by_answer = {}
     for q in train.training_questions(settings, data)[0]:
@@ -418,7 +415,6 @@ def conflict_meter(run, n_pairs=64):
     pairs = [rng.sample(rng.choice(groups), 2) for _ in range(n_pairs)]
     trained, _ = model.load(run / "student", settings.device)
     for label, lm in (("before training", student), ("after training", trained)):
-        token_cache = kp.TokenCache(tokenizer)
         same_question = []
         same_answer = []
         for q, other in pairs:
@@ -436,8 +432,8 @@ def gradient_cosine(student, token_cache, *examples):
     gradients = []
     for q, text in examples:
         student.zero_grad()
-        prompts = token_cache.prompts([kp.explain_prompt(q)])
-        kp.sequence_losses(student, prompts, token_cache.targets([text])).sum().backward()
+        ids = token_cache.pairs(student, [kp.explain_prompt(q)], [text])
+        kp.sequence_losses(student, *ids).sum().backward()
         parts = [p.grad.flatten() for p in student.parameters() if p.grad is not None]
         gradients.append(torch.cat(parts))
     return F.cosine_similarity(*gradients, dim=0).item()

@@ -135,19 +135,25 @@ CHAT_FORMATS = {  # what only this family's template holds: what it renders. The
     " [/INST]": "[INST] {} [/INST]",  # Llama-2 and the first Mistrals put spaces inside
     "[INST] ": "[INST] {}[/INST]",
     "[INST]": "[INST]{}[/INST]",
+    "<|user|>": "<|user|>\n{}</s>\n<|assistant|>\n",
 }
+CHATML_SYSTEM = re.compile(r"<\|im_start\|>system(?:\\n|\n)([^'\"{}]+)<\|im_end\|>")
 
 
 def chat_format(folder, tokenizer):
     """Return how this checkpoint is addressed, a text with one {} for the prompt.
 
-    It is what the family's chat template renders for one user's message: Llama-3's headers (3.1
-    begins with a system block), ChatML of Qwen (without thinking), [INST] of Llama-2 and Mistral.
-    Without a template (T5, base models) it is "{}". The tokenizer itself puts <s> before it.
+    It is what the family's chat template renders for one user's message: Llama-3's headers (from
+    3.1 on behind a system block), ChatML of Qwen (without thinking) and SmolLM2, behind the system
+    message that its template holds, [INST] of Llama-2 and Mistral, TinyLlama's marks. Without a
+    template (T5, base models) it is "{}". The tokenizer itself puts <s> before it.
     """
     template = chat_template(folder)
     for mark, rendered in CHAT_FORMATS.items():
         if mark in template:
+            system = CHATML_SYSTEM.search(template)
+            if system:
+                rendered = f"<|im_start|>system\n{system[1]}<|im_end|>\n{rendered}"
             return rendered
     if template:
         model.say_once(f"{folder}: its chat template is of no known family; asked without it")
@@ -195,6 +201,7 @@ def is_right(rationale, q):
 
 # ------------------------------------------------------------------------------------ the dual loss
 
+WRITERS = ("t5", "llama", "mistral", "qwen2", "qwen3")  # model_types that can learn and teach
 MAX_LENGTH = 512  # tokens of a student's prompt, and of a target
 NO_LIMIT = 10**9
 
@@ -236,12 +243,14 @@ class TokenCache:
 
         An encoder-decoder (T5) reads and writes apart. A decoder-only model has a text tokenised
         together with its prompt, as it would be generated. Behind it comes an end token, where the
-        model is to learn to stop.
+        model is to learn to stop: of several the one that ends a turn of its chat, else the first.
         """
         inputs = self.prompts(prompts)
         if lm.config["model_type"] == "t5":
             return inputs, self.targets(texts)
-        ends = model.as_list(lm.config["eos_token_id"])[:1] if end else []
+        ends = model.as_list(lm.config["eos_token_id"])
+        ends = [token for token in ends if str(self.tokenizer.id_to_token(token)) in self.chat] or ends
+        ends = ends[:1] if end else []
         targets = []
         for prompt, text in zip(map(self.chat.format, prompts), texts):
             seam = "" if prompt[-1:].isspace() else " "
@@ -253,6 +262,15 @@ class TokenCache:
 def cached(tokenizer, max_length=MAX_LENGTH):
     """Return a TokenCache: the one that is given, or a new one with the tokenizer that is given."""
     return tokenizer if isinstance(tokenizer, TokenCache) else TokenCache(tokenizer, max_length)
+
+
+def open_student(path, device="cpu", dtype=None):
+    """Return (LM, its TokenCache) of a checkpoint folder. Raise BadInput where it cannot write."""
+    lm, tokenizer = model.load(path, device, dtype)
+    kind = lm.config["model_type"]
+    why = f"a {kind} cannot be a student; take one of {', '.join(WRITERS)}"
+    require(kind in WRITERS, f"{path}: {why}")
+    return lm, TokenCache(tokenizer, chat=chat_format(Path(path), tokenizer))
 
 
 class DualLoss(NamedTuple):
@@ -569,8 +587,8 @@ class CheckpointTeacher:
         require(self.folder.is_dir(), f"{folder}: {why}")
         config = model.read_config(self.folder)
         self.kind = config.get("model_type")
-        why = f"model_type {self.kind!r} cannot teach; take a t5, llama or mistral"
-        require(self.kind in ("t5", "llama", "mistral"), f"{self.folder / 'config.json'}: {why}")
+        why = f"model_type {self.kind!r} cannot teach; take one of {', '.join(WRITERS)}"
+        require(self.kind in WRITERS, f"{self.folder / 'config.json'}: {why}")
         self.name = self.folder.name
         self.asking = asking
         self.examples = examples if asking.shots else ()

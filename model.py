@@ -22,6 +22,7 @@ import functools
 import json
 import math
 import os
+import shutil
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -52,6 +53,7 @@ class Model(nn.Module):
     """
 
     recompute = False
+    folder = None  # that it was loaded from
 
     def __init__(self, config):
         super().__init__()
@@ -704,6 +706,11 @@ IGNORED = (  # what some checkpoints store besides
     "pooler.dense.", "cls.")  # BERT's heads
 
 
+BESIDE = (  # files beside the weights that tell how a model is addressed, and when it ends
+    "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja",
+    "generation_config.json")
+
+
 def device_of(lm):
     return next(lm.parameters()).device
 
@@ -737,6 +744,7 @@ def load(path, device="cpu", dtype=None):
         raise BadInput(f"{path}/config.json: {error}") from None
     tokenizer = load_tokenizer(path / "tokenizer.json", lm.config["vocab_size"])
     lm.load_state_dict(read_weights(lm, path, device, dtype), assign=True)
+    lm.folder = path
     return lm.eval(), tokenizer
 
 
@@ -819,19 +827,29 @@ def read_weights(lm, path, device, dtype):
 
 
 def save(lm, tokenizer, path):
-    """Write a checkpoint folder for `load` and transformers. With config.json, the last, it is whole."""
+    """Write a checkpoint folder for `load` and transformers. With config.json, the last, it is whole.
+
+    Its chat template and what else is BESIDE stay as they are where the model was loaded.
+    """
     path = Path(path)
     with atomic(path / "model.safetensors") as temporary:
         save_file(lm.state_dict(), temporary, metadata={"format": "pt"})
     with atomic(path / "tokenizer.json") as temporary:
         tokenizer.save(str(temporary))
-    # transformers' AutoTokenizer learns here which tokens pad and end a text.
-    special = {"tokenizer_class": "PreTrainedTokenizerFast"}
-    for name in ("pad_token", "eos_token"):
-        ids = as_list(lm.config.get(f"{name}_id"))
-        if ids and ids[0] >= 0:
-            special[name] = tokenizer.id_to_token(ids[0])
-    write_json(path / "tokenizer_config.json", special)
+    for name in BESIDE:
+        if lm.folder and (lm.folder / name).exists():
+            with atomic(path / name) as temporary:
+                shutil.copyfile(lm.folder / name, temporary)
+        else:
+            (path / name).unlink(missing_ok=True)
+    if not (path / "tokenizer_config.json").exists():
+        # transformers' AutoTokenizer learns here which tokens pad and end a text.
+        special = {"tokenizer_class": "PreTrainedTokenizerFast"}
+        for name in ("pad_token", "eos_token"):
+            ids = as_list(lm.config.get(f"{name}_id"))
+            if ids and ids[0] >= 0:
+                special[name] = tokenizer.id_to_token(ids[0])
+        write_json(path / "tokenizer_config.json", special)
     config = dict(lm.config)
     config.pop("dtype", None)
     config["torch_dtype"] = str(next(lm.parameters()).dtype).removeprefix("torch.")

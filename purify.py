@@ -98,7 +98,10 @@ class Purifier:
     @cached_property
     def encoder(self):
         """Open the sentence encoder, --encoder, and its tokenizer, when they are first needed."""
-        return self.open_lm(self.args.encoder)
+        encoder, tokenizer = self.open_lm(self.args.encoder)
+        why = "a decoder-only student is no sentence encoder; give --encoder DIR, a Bert or a T5"
+        model.require(hasattr(encoder, "encode"), why)
+        return encoder, tokenizer
 
     def embed(self, questions):
         """Return E(q), (N, D) of unit length."""
@@ -323,37 +326,34 @@ class Aggregation(Purifier):
         purified = {}
         for half in taught:
             aggregator, tokenizer = self.open_lm(self.args.aggregator)
+            chat = kp.chat_format(aggregator.folder, tokenizer) if aggregator.folder else "{}"
+            token_cache = kp.TokenCache(tokenizer, self.MAX_LENGTH, chat)
             if half:
-                self.tune(aggregator, tokenizer, half)
+                self.tune(aggregator, token_cache, half)
             known = {*half, *purified}
             todo = [q for q in questions if q not in known]
-            purified.update(zip(todo, self.write(aggregator, tokenizer, todo)))
+            purified.update(zip(todo, self.write(aggregator, token_cache, todo)))
         return [[purified[q]] for q in questions]
 
-    def write(self, aggregator, tokenizer, questions):
+    def write(self, aggregator, token_cache, questions):
         """Return r_P of each question."""
-        chat = "{}"
-        if self.args.aggregator:
-            chat = kp.chat_format(Path(self.args.aggregator), tokenizer)
         said = self.teachers.all_rationales(questions)
-        prompts = map(chat.format, map(kp.aggregation_prompt, questions, said))
-        prompts = kp.TokenCache(tokenizer, self.MAX_LENGTH).prompts(prompts)
+        prompts = token_cache.prompts(map(kp.aggregation_prompt, questions, said))
         purified = [None] * len(questions)
         for rows in kp.progress(model.by_length(prompts, 128), "aggregate"):
             batch = [prompts[row] for row in rows]
-            written = kp.write(aggregator, tokenizer, batch, self.args.max_new_tokens)
+            written = kp.write(aggregator, token_cache.tokenizer, batch, self.args.max_new_tokens)
             for row, (text, n) in zip(rows, written):
                 purified[row] = text
                 self.ledger["aggregator_wrote"] += n
                 self.ledger["aggregator_read"] += len(prompts[row])
         return purified
 
-    def tune(self, aggregator, tokenizer, questions):
+    def tune(self, aggregator, token_cache, questions):
         """Train by cross-entropy to write the rationale of each question's best-scoring teacher."""
         said = self.teachers.all_rationales(questions)
         best = self.teachers.scores(questions).argmax(1).tolist()
         lessons = list(zip(questions, said, best))
-        token_cache = kp.TokenCache(tokenizer, self.MAX_LENGTH)
         aggregator.float().train()  # small updates are lost in bfloat16
         optimizer = torch.optim.AdamW(aggregator.parameters(), self.LR)
         n_steps = self.args.tune_aggregator
@@ -370,8 +370,8 @@ class Aggregation(Purifier):
                 q = replace(q, choices=tuple(shuffled))
                 prompts.append(kp.aggregation_prompt(q, draw.sample(texts, len(texts))))
                 targets.append(texts[teacher])
-            prompts = token_cache.prompts(prompts)
-            loss = kp.sequence_losses(aggregator, prompts, token_cache.targets(targets)).mean()
+            prompts, targets = token_cache.pairs(aggregator, prompts, targets)
+            loss = kp.sequence_losses(aggregator, prompts, targets).mean()
             loss.backward()
             torch.nn.utils.clip_grad_norm_(aggregator.parameters(), 1.0)
             optimizer.step()

@@ -151,12 +151,11 @@ def train(args):
     ranks = Ranks(args.device)
     seconds = Stopwatch()
     with seconds("set up"):
-        data, teachers, student, tokenizer, open_lm = open_parts(args, ranks)
+        data, teachers, student, token_cache, open_lm = open_parts(args, ranks)
         run = Run(args, ranks, seconds)
         if run.result.exists():
             return model.read_json(run.result) if ranks.rank == 0 else None
         questions, valid = training_questions(args, data)
-        token_cache = kp.TokenCache(tokenizer)
         prefixes = kp.explain_prefixes(len(teachers) if args.teacher_prefixes else 0)
         visits = draw_visits(token_cache.prompts(map(kp.ask, questions)), args, ranks.count)
         optimizer = torch.optim.AdamW(
@@ -198,19 +197,17 @@ def train(args):
         run.log_loss(step, loss, norm=norm, lr=rate, **noted)
         if run.evaluates(step):
             with seconds("evaluate"):
-                run.log(step, valid=measure(args, student, tokenizer, valid, prefixes))
+                run.log(step, valid=measure(args, student, token_cache, valid, prefixes))
 
     # Evaluate, and write what the run leaves behind.
     with seconds("evaluate"):
-        run.log(args.steps, valid=measure(args, student, tokenizer, valid, prefixes))
-        figures = purifier.figures() | measure(args, student, tokenizer, data["test"], prefixes)
-        figures["ood"] = kp.accuracy(student, tokenizer, data.get("ood/test", []), args.per_token)
-    return run.finish(student, tokenizer, purifier, figures)
+        run.log(args.steps, valid=measure(args, student, token_cache, valid, prefixes))
+        figures = purifier.figures() | measure(args, student, token_cache, data["test"], prefixes)
+        figures["ood"] = kp.accuracy(student, token_cache, data.get("ood/test", []), args.per_token)
+    return run.finish(student, token_cache.tokenizer, purifier, figures)
 
 
 # ---------------------------------------------------------------------------------------- the parts
-
-STUDENTS = ("t5", "llama", "mistral", "qwen2", "qwen3")  # model_types that can learn
 
 
 def settle(args):
@@ -241,10 +238,10 @@ def settle(args):
 
 def open_parts(args, ranks):
     """Return what a run is made of: data {split: [Question]}, kp.Teachers, the student and its
-    tokenizer, and open_lm.
+    kp.TokenCache, and open_lm.
 
     open_lm(path) loads that checkpoint, or without a path the T5 at hand: the micro world's, the
-    first T5 teacher, or else the student as it starts. Raise BadInput where there is none.
+    first T5 teacher, or else the student as it starts.
     """
     with ranks.first_alone():  # rank 0 makes the micro world, the others find it there
         folder = Path(args.data) if args.data else prepare.prepare(args.world, args.well_read)
@@ -254,22 +251,19 @@ def open_parts(args, ranks):
     def open_lm(path):
         if path or t5s:
             return model.load(path or t5s[0], args.device)
-        why = f"--student {args.student}: no T5, and there is no T5 teacher in its place"
-        is_t5 = student.config["model_type"] == "t5"
-        require(is_t5, f"{why}; give --encoder DIR (to score: --scorer, to aggregate: --aggregator)")
-        return copy.deepcopy(student).eval(), tokenizer
+        return copy.deepcopy(student).eval(), token_cache.tokenizer
 
     teachers = open_teachers(args, folder, data, kp.Judge(lambda: open_lm(args.scorer)), ranks)
     if args.data:
         t5s = [teacher.folder for teacher in teachers.teachers if teacher.kind == "t5"]
     else:
         t5s = [folder / "teachers" / "t5"]
-    student, tokenizer = load_student(args, folder, data["train"])
+    student, token_cache = load_student(args, folder, data["train"])
     if args.encoder:
         encoder, _ = open_lm(args.encoder)
         why = f"--encoder {args.encoder}: not an encoder; take a Bert or a T5"
         require(hasattr(encoder, "encode"), why)
-    return data, teachers, student, tokenizer, open_lm
+    return data, teachers, student, token_cache, open_lm
 
 
 def open_teachers(args, folder, data, judge, ranks):
@@ -305,19 +299,16 @@ def open_teachers(args, folder, data, judge, ranks):
 
 
 def load_student(args, folder, questions):
-    """Return (student, tokenizer): a checkpoint, the micro world's, or for --data and "tiny" a new
-    small T5 with a tokenizer made of the questions.
+    """Return (student, kp.TokenCache): a checkpoint, the micro world's, or for --data and "tiny" a
+    new small T5 with a tokenizer made of the questions.
     """
     if args.data and args.student == "tiny":
         tokenizer = train_tokenizer(questions)
         torch.manual_seed(args.seed)
-        return prepare.tiny_t5(tokenizer.get_vocab_size()).to(args.device), tokenizer
+        student = prepare.tiny_t5(tokenizer.get_vocab_size())
+        return student.to(args.device), kp.TokenCache(tokenizer)
     path = folder / "student" if args.student == "tiny" else args.student
-    student, tokenizer = model.load(path, args.device, torch.float32)
-    kind = student.config["model_type"]
-    why = f"--student {path}: a {kind} cannot be a student; take one of {', '.join(STUDENTS)}"
-    require(kind in STUDENTS, why)
-    return student, tokenizer
+    return kp.open_student(path, args.device, torch.float32)
 
 
 def training_questions(args, data):
@@ -327,7 +318,7 @@ def training_questions(args, data):
     return data["ood/train"], data.get("ood/valid", data["valid"])
 
 
-def measure(args, student, tokenizer, questions, prefixes):
+def measure(args, student, token_cache, questions, prefixes):
     """Return what a student can, in shares {task: x, ..., "mean": x}: accuracy; explains_right,
     its own explanations that conclude on the right choice; and where the data set knows the true
     rationales explains_true, those that are it word by word; both of --explain questions. Of
@@ -338,14 +329,14 @@ def measure(args, student, tokenizer, questions, prefixes):
     rows = random.Random(0).sample(range(n), min(args.explain, n))
     some = [questions[row] for row in sorted(rows)]
     for prefix in prefixes:
-        texts = kp.explanations(student, tokenizer, some, args.max_new_tokens, prefix)
+        texts = kp.explanations(student, token_cache, some, args.max_new_tokens, prefix)
         shares = {"explains_right": kp.by_task(some, map(kp.is_right, texts, some))}
         if all(q.truth for q in some):
             true = [text == q.truth for text, q in zip(texts, some)]
             shares["explains_true"] = kp.by_task(some, true)
         for name, share in shares.items():
             best[name] = max(share, best.get(name, share), key=lambda share: share["mean"])
-    return {"accuracy": kp.accuracy(student, tokenizer, questions, args.per_token), **best}
+    return {"accuracy": kp.accuracy(student, token_cache, questions, args.per_token), **best}
 
 
 def draw_visits(prompts, args, n_ranks=1):

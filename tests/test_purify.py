@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 import kp
 import model
-from data.questions import read_questions
+from data.questions import read_questions, train_tokenizer
 from purify import (
     Aggregation,
     ClassifierRouter,
@@ -621,13 +621,19 @@ def test_no_purified_text_was_taught_to_its_writer(monkeypatch):
     taught = []
     pairs = []
 
-    def write(self, aggregator, tokenizer, todo):
+    def write(self, aggregator, token_cache, todo):
         pairs.extend((q.id, tuple(taught[-1])) for q in todo)
         return [f"written after {len(taught)}" for _ in todo]
 
-    monkeypatch.setattr(Aggregation, "tune", lambda self, lm, tokenizer, half: taught.append([q.id for q in half]))
+    def tune(self, aggregator, token_cache, half):
+        taught.append([q.id for q in half])
+
+    def open_lm(path):
+        return SimpleNamespace(folder=None), train_tokenizer(questions)
+
+    monkeypatch.setattr(Aggregation, "tune", tune)
     monkeypatch.setattr(Aggregation, "write", write)
-    made = fitted(Aggregation, questions, lambda path: (None, None), tune_aggregator=3, fit_questions=6)
+    made = fitted(Aggregation, questions, open_lm, tune_aggregator=3, fit_questions=6)
     assert len(taught) == 2 and len(set(taught[0]) | set(taught[1])) == 6
     assert sorted(name for name, _ in pairs) == sorted(q.id for q in questions)  # each is written once
     assert all(name not in half for name, half in pairs)

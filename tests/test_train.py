@@ -310,10 +310,13 @@ def answers_in(cache):
 
 @pytest.mark.parametrize("purifier", ["none", "rl"])
 def test_two_ranks_train_as_one_with_twice_the_batch(world, teacher_folders, tmp_path, purifier):
-    one = run(world, teacher_folders, tmp_path, "--purifier", purifier, "--batch-size", "8", name="one")
+    how = ["--purifier", purifier]
+    if purifier == "none":
+        how += ["--student", str(teacher_folders[1])]  # a Llama; the other one is a T5
+    one = run(world, teacher_folders, tmp_path, *how, "--batch-size", "8", name="one")
     two = tmp_path / "two"
     where = ["--cache", tmp_path / "cache-two", "--out", two]
-    arguments = [*on(world, teacher_folders), *SHORT, "--purifier", purifier, *where]
+    arguments = [*on(world, teacher_folders), *SHORT, *how, *where]
     process = torchrun(ROOT / "train.py", *arguments)
     assert process.returncode == 0, process.stderr
     assert process.stdout.count("test accuracy") == 1
@@ -556,22 +559,24 @@ def test_a_bert_cannot_be_a_student(world, teacher_folders, tmp_path):
 
 
 def test_a_decoder_only_student_needs_an_encoder_beside_it(world, teacher_folders, tmp_path):
-    """A T5 teacher is one; without it the line says what to give."""
+    """A T5 teacher is one; without it the line says what to give. It can score and aggregate itself."""
 
-    def open_lm(teachers):
-        arguments = [*on(world, teachers), "--student", str(teacher_folders[1])]
+    def purifier(teachers, *how):
+        arguments = [*on(world, teachers), "--student", str(teacher_folders[1]), *how]
         args = train.parse_args([*arguments, "--cache", str(tmp_path / "cache")])
         train.settle(args)
-        *_, student, _, open_lm = train.open_parts(args, train.Ranks("cpu"))
+        data, teachers, student, _, open_lm = train.open_parts(args, train.Ranks("cpu"))
         assert student.config["model_type"] == "llama"
-        return open_lm
+        return purify.PURIFIERS["router"](args, data["train"], [], data["train"], teachers, open_lm)
 
-    assert hasattr(open_lm(teacher_folders)(None)[0], "encode")
-    without_t5 = open_lm(teacher_folders[1:])
-    with pytest.raises(model.BadInput, match="give --encoder") as error:
-        without_t5(None)
+    questions = read_data(world)["train"]
+    assert len(purifier(teacher_folders).embed(questions)) == len(questions)
+    with pytest.raises(model.BadInput, match="no sentence encoder; give --encoder DIR") as error:
+        purifier(teacher_folders[1:]).embed(questions)
     assert "\n" not in str(error.value)
-    assert hasattr(without_t5(teacher_folders[0])[0], "encode")
+    given = purifier(teacher_folders[1:], "--encoder", str(teacher_folders[0]))
+    assert len(given.embed(questions)) == len(questions)
+    assert given.open_lm(None)[0].config["model_type"] == "llama"
 
 
 def test_eval_of_nothing_ends_with_one_line(tmp_path):
