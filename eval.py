@@ -2,19 +2,30 @@
 
     python eval.py out/router-0               # the figures that the run printed
     python eval.py out/router-0 --show 5      # what teachers wrote, what was chosen, what it says
-    python eval.py CHECKPOINT --data DIR      # any T5 checkpoint folder, any data set
-    python eval.py --compare "--purifier router" "--purifier none --alpha 1"    # your own ablation
+    python eval.py out/router-0 --html a.html # the same as a page, with the run's table and curve
+    python eval.py CHECKPOINT --data DIR      # any checkpoint folder, any data set
+    python eval.py --compare "--purifier router" "TinyLLM: --purifier none"     # your own ablation
     python eval.py --table                    # every purifier and control
-    python eval.py --conflict                 # TinyLLM and the router with 1, 2, 3, 4 teachers
+    python eval.py --conflict                 # the router and TinyLLM with 1, 2, 3, 4 teachers
     python eval.py --ood                      # purifiers used on tasks that they never saw
     python eval.py --fit-curve                # the router fitted on fewer questions
+    python eval.py --from out/table.json --plot table.svg --over tokens      # told again, and drawn
 
 A table starts train.py as a user would, once for each row and seed, and keeps what is done. It
-writes out/NAME.md and out/NAME.json. Points are paired by seed, with the 95 % interval of their mean.
+writes out/NAME.json, which holds all that it tells and draws, and out/NAME.md. Rows are compared
+seed by seed, with the 95 % interval of the mean difference.
+
+The file reads top to bottom: one student, many runs, a table's file, its words, its picture.
 """
 
 import argparse
 import sys
+
+OVER = {
+    "steps": "training steps",
+    "teachers": "number of teachers",
+    "tokens": "million tokens that were read, written and trained on",
+}
 
 
 def parse_args(argv=None):
@@ -24,18 +35,21 @@ def parse_args(argv=None):
     add = parser.add_argument_group("one student").add_argument
     add("run", nargs="?", help="a run's folder (out/RUN) or a checkpoint folder")
     add("--show", type=int, metavar="N", help="look at N training questions closely")
+    add("--html", metavar="FILE", help="write that look as a page (12 questions without --show)")
     add("--per-token", action="store_true", help="compare choices by log-probability per token")
     add("--device", help="cpu or cuda (default: cuda if there is one)")
 
     add = parser.add_argument_group("many runs: which").add_argument
-    add("--compare", nargs="+", metavar="ARGUMENTS", help="rows: train.py's arguments, in quotes")
+    add("--compare", nargs="+", metavar="ROW", help='rows: "ARGUMENTS of train.py" or "LABEL: ARGUMENTS"')
     for name in ("table", "conflict", "ood", "fit-curve"):
         add(f"--{name}", dest="table", action="store_const", const=name, help="see above")
+    add("--from", dest="stored", nargs="+", metavar="FILE", help="no runs: tell these out/NAME.json, pooled")
     add("--seeds", type=int, default=3, help="runs of each row (default: 3)")
     add("--jobs", type=int, default=1, help="runs at a time; they share the cores (default: 1)")
     add("--out", default="out", help="where runs and tables go (default: out)")
     add("--curve", action="store_true", help="also the measures of valid over the steps")
-    add("--plot", metavar="FILE", help="draw the table too (needs matplotlib)")
+    add("--plot", metavar="FILE.svg", help="draw the table too")
+    add("--over", choices=list(OVER), default="steps", help="the picture's x axis (default: steps)")
 
     add = parser.add_argument_group("many runs: train.py's arguments for all of them").add_argument
     add("--data", help="data set (for one student: default is the run's own)")
@@ -50,17 +64,20 @@ def parse_args(argv=None):
 if __name__ == "__main__":
     ARGS = parse_args()  # before the slow imports: --help answers at once
 
-import importlib.util
+import hashlib
+import html
+import json
+import math
 import os
 import random
 import re
 import shlex
-import statistics
 import subprocess
 import textwrap
 from concurrent.futures import ThreadPoolExecutor
-from itertools import combinations
+from itertools import chain, combinations
 from pathlib import Path
+from statistics import fmean, stdev
 
 import torch
 import torch.nn.functional as F
@@ -77,169 +94,211 @@ from purify import PURIFIERS
 # -------------------------------------------------------------------------------------- one student
 
 
-def open_student(args):
-    """Return (settings of the run, None for a bare checkpoint; student; tokenizer)."""
+def open_run(args):
+    """Return what belongs to one student, opened: settings, result (None of a bare checkpoint),
+    data {split: [Question]}, its folder, student, tokenizer, prefixes of its explanations.
+    """
     folder = Path(args.run)
-    settings = None
     why = f"{folder}: no such folder; give a run (out/RUN) or a checkpoint folder"
     require(folder.is_dir(), why)
+    run = argparse.Namespace(folder=folder, result=None)
     if (folder / "metrics.jsonl").exists():
         why = f"{folder}: this run is not finished; go on with train.py ... --resume"
         require((folder / "result.json").exists(), why)
-        settings = argparse.Namespace(**model.read_json(folder / "config.json"))
-        settings.device = args.device
+        run.result = model.read_json(folder / "result.json")
+        run.settings = argparse.Namespace(**model.read_json(folder / "config.json"))
         folder = folder / "student"
-    student, tokenizer = model.load(folder, args.device)
-    kind = student.config["model_type"]
-    require(kind == "t5", f"{folder}: a student is a T5; this is a {kind}")
-    return settings, student, tokenizer
+    else:  # measured as a run with default arguments would be
+        run.settings = train.parse_args(["--data", args.data] if args.data else [])
+        train.settle(run.settings)
+    settings = run.settings
+    settings.device = args.device
+    settings.per_token |= args.per_token
+    run.student, run.tokenizer = model.load(folder, args.device)
+    kind = run.student.config["model_type"]
+    why = f"{folder}: a {kind} is no student; take one of {', '.join(train.STUDENTS)}"
+    require(kind in train.STUDENTS, why)
+    run.data_folder = args.data or settings.data
+    if run.data_folder is None:
+        run.data_folder = prepare.prepare(settings.world, settings.well_read)
+    run.data = read_data(run.data_folder)
+    run.prefixes = kp.explain_prefixes(len(run.result["teachers"]) if settings.teacher_prefixes else 0)
+    return run
 
 
 def evaluate(args):
     """Return {measure: {task: share, ..., "mean"}} of a student on test and ood/test: train.measure,
     and TinyLLM's accuracy, the share of answers that it generates word by word.
     """
-    settings, student, tokenizer = open_student(args)
-    if settings is None:  # a bare checkpoint: measured as a run with default arguments would be
-        settings = train.parse_args([])
-        settings.data = args.data
-        train.settle(settings)
-    folder = args.data or settings.data
-    data = read_data(folder or prepare.prepare(settings.world, settings.well_read))
-    settings.per_token |= args.per_token
-    n_prefixes = 0
-    if settings.teacher_prefixes:
-        n_prefixes = len(model.read_json(Path(args.run) / "result.json")["teachers"])
-    prefixes = kp.explain_prefixes(n_prefixes)
+    run = open_run(args)
+    student = (run.student, run.tokenizer)
     shares = {}
     for split, label in (("test", ""), ("ood/test", "out of domain: ")):
-        questions = data.get(split, [])
+        questions = run.data.get(split, [])
         if questions:
-            found = train.measure(settings, student, tokenizer, questions, prefixes)
+            found = train.measure(run.settings, *student, questions, run.prefixes)
             for name, share in found.items():
                 shares[label + name.replace("_", " ")] = share
-            shares[label + "exact match"] = kp.exact_match(student, tokenizer, questions)
+            shares[label + "exact match"] = kp.exact_match(*student, questions)
     return shares
 
 
 def look(args):
-    """Print for some training questions what each teacher wrote, what the student was given, and
-    what it says now.
+    """Return a close look at N training questions of a run: [(Question, what was said of it)].
+
+    What was said: tuples of who said it, the text, what it is worth (`rate`), and whether the
+    student was given it to learn.
     """
-    settings, student, tokenizer = open_student(args)
-    require(settings, f"{args.run}: --show needs a run's folder (out/RUN), not a bare checkpoint")
     require(args.data is None, "--show takes the questions of the run itself; leave --data out")
-    data, teachers, *_ = train.open_parts(settings, train.Ranks(args.device))
-    questions = {q.id: q for q in train.training_questions(settings, data)[0]}
-    rows = [row for _, row in model.read_rows(Path(args.run) / "purified.jsonl")]
-    for row in random.Random(settings.seed).sample(rows, min(args.show, len(rows))):
-        q = questions[row["id"]]
-        print("-" * 100)
-        print_line(q.task, kp.ask(q), bold=True)
-        print_line("right answer", q.right)
-        for m, name in enumerate(teachers.names):
+    run = open_run(args)
+    why = f"{args.run}: --show and --html need a run's folder (out/RUN), not a bare checkpoint"
+    require(run.result, why)
+    ranks = train.Ranks(args.device)
+    teachers = train.open_teachers(run.settings, Path(run.data_folder), run.data, None, ranks)
+    by_id = {q.id: q for q in train.training_questions(run.settings, run.data)[0]}
+    rows = [row for _, row in model.read_rows(run.folder / "purified.jsonl")]
+    rows = random.Random(run.settings.seed).sample(rows, min(args.show, len(rows)))
+    questions = [by_id[row["id"]] for row in rows]
+    student = (run.student, run.tokenizer, questions)
+    guesses = kp.guesses(*student, run.settings.per_token)
+    said = []
+    for q, row, texts, guess in zip(questions, rows, teachers.all_rationales(questions), guesses):
+        own = []
+        for m, (name, text) in enumerate(zip(teachers.names, texts)):
             chance = f" P={row['probabilities'][m]:.2f}" if row["probabilities"] else ""
-            print_rationale(name + chance, teachers.rationales([q], [m])[0], q)
+            own.append((name + chance, text, rate(text, q), text in row["rationales"]))
         for text in row["rationales"]:
-            print_rationale("=> student learnt", text, q)
-        (guess,) = kp.guesses(student, tokenizer, [q], settings.per_token)
-        print_line("student answers", q.choices[guess], guess == q.answer)
-        (text,) = kp.explanations(student, tokenizer, [q], settings.max_new_tokens)
-        print_rationale("student explains", text, q)
+            if text not in texts:
+                own.append(("purifier", text, rate(text, q), True))
+        worth = "right answer" if guess == q.answer else "wrong answer"
+        own.append(("student answers", q.choices[guess], worth, False))
+        said.append(own)
+    for prefix in run.prefixes:
+        texts = kp.explanations(*student, run.settings.max_new_tokens, prefix)
+        for q, own, text in zip(questions, said, texts):
+            own.append((f"student, {prefix}", text, rate(text, q), False))
+    return list(zip(questions, said))
+
+
+def rate(text, q):
+    """Return what a rationale is worth, in words. Only the micro world knows which are true."""
+    if text == q.truth:
+        return "true"
+    return "right answer" if kp.is_right(text, q) else "wrong answer"
+
+
+def show(seen):
+    """Print a close look."""
+    for q, said in seen:
+        print("-" * 100)
+        print_line(q.task, kp.ask(q))
+        print_line("right answer", q.right)
+        for who, text, worth, learnt in said:
+            print_line("=> " * learnt + who, f"{text} [{worth}]", worth)
     print("-" * 100)
-    print("+ concludes on the right answer   - on another or none   => what the purifier gave")
+    print("=> the student learnt it   [true] word by word   [right answer] but other words")
 
 
-def print_rationale(label, text, q):
-    print_line(label, text, kp.is_right(text, q))
-
-
-def print_line(label, text, right=None, bold=False):
-    """Print a label and a text of any length; right marks it + or -, in colour on a terminal."""
-    mark = {None: " ", True: "+", False: "-"}[right]
-    code = {None: "1" if bold else "0", True: "32", False: "31"}[right]
+def print_line(label, text, worth="right answer"):
+    """Print a label and a text of any length, in colour on a terminal."""
     text = "".join(c if c.isprintable() else " " for c in text)  # a file must not steer a terminal
-    label = f"{mark} {label[:22]:<22} "
+    label = f"{label[:24]:<24} "
     text = textwrap.fill(text, 100, initial_indent=label, subsequent_indent=" " * len(label))
+    code = {"true": "32", "wrong answer": "31"}.get(worth, "0")
     in_colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
     print(f"\033[{code}m{text}\033[0m" if in_colour else text)
 
 
 # ---------------------------------------------------------------------------------------- many runs
 
+NAMES = {"none": "TinyLLM", "answers": "answers only"}  # of rows; the others are the purifier's
+
 
 def rows_of(args):
     """Return (a table's rows, {label: train.py's arguments}; the labels with which the other rows
     are compared).
     """
+    rows = {}
     if args.compare:
-        return {text: text for text in args.compare}, args.compare[:1]
-    purifiers = [name for name in PURIFIERS if name != "single"]
+        for text in args.compare:
+            label, _, arguments = text.rpartition(": ")
+            require(label not in rows, f"--compare: two rows are called {label!r}")
+            rows[label or text] = arguments
+        return rows, list(rows)[:1]
     teachers = args.teachers or list(prepare.TEACHERS)
     if args.data and not args.teachers:
         teachers = list(map(str, sorted(Path(args.data).glob("rationales/*.jsonl"))))
-    rows = {}
-    if args.table == "table":  # the paper's main table: every purifier and control
-        for name in purifiers:
-            rows[name] = f"--purifier {name}"
-        singles = {f"single {m}": f"--purifier single --teacher {m}" for m in range(len(teachers))}
-        return {**rows, **singles}, ["none", "random", "answers", *singles]
-    if args.table == "ood":  # fitted in domain, used on tasks that they never saw
-        for name in purifiers:
-            rows[f"{name} ood"] = f"--purifier {name} --ood"
+    if args.table in ("table", "ood"):  # the paper's main table; on tasks that they never saw
+        ood = " --ood" if args.table == "ood" else ""
+        for name in PURIFIERS:
+            if name != "single":
+                rows[NAMES.get(name, name)] = f"--purifier {name}{ood}"
+    if args.table == "table":
+        for m in range(len(teachers)):
+            rows[f"single {m}"] = f"--purifier single --teacher {m}"
+        return rows, ["TinyLLM", "random", "answers only", *list(rows)[-len(teachers) :]]
     if args.table == "fit-curve":  # what a router needs beforehand
         for n in (250, 1000):
             rows[f"router fit {n}"] = f"--purifier router --fit-questions {n}"
         rows["router"] = "--purifier router"
     if args.table == "conflict":  # the paper's first figure: more and more teachers
-        for n in range(1, len(teachers) + 1):
-            first = shlex.join(teachers[:n])
-            rows[f"none {n}"] = f"--purifier none --teachers {first}"
-            if n > 1:  # of one teacher there is nothing to choose
-                rows[f"router {n}"] = f"--purifier router --teachers {first}"
+        for name, least in (("router", 2), ("none", 1)):  # of one there is nothing to choose
+            for n in range(least, len(teachers) + 1):
+                first = shlex.join(teachers[:n])
+                rows[f"{NAMES.get(name, name)} {n}"] = f"--purifier {name} --teachers {first}"
     return rows, []
 
 
-def folder_of(args, label, seed):
-    """Return the folder of the run of this row and seed."""
+def folder_of(args, arguments, seed):
+    """Return the folder of the run with these arguments and this seed."""
     kind = "quick" if args.quick else "runs"
-    return Path(args.out) / kind / f"{as_file_name(label)}-{seed}"
+    name = re.sub(r"[^\w.]+", "-", arguments).strip("-")
+    if len(name) > 200:  # file systems take 255
+        name = name[:190] + hashlib.sha256(arguments.encode()).hexdigest()[:8]
+    return Path(args.out) / kind / f"{name}-{seed}"
 
 
-def run_all(args, rows):
-    """Train what is missing. Return {label: [the result of each seed]}."""
+def train_all(args):
+    """Train what is missing of a table. Write the table's file and return its path."""
+    rows, against = rows_of(args)
     common = []
     for name in ("data", "student", "world", "steps"):
         if getattr(args, name) is not None:
             common += [f"--{name}", str(getattr(args, name))]
     if args.teachers:
         common += ["--teachers", *args.teachers]
-    folders = {}
-    commands = []
+    folders = []
+    commands = {}
+    worlds = set()
     for label, arguments in rows.items():
-        folders[label] = [folder_of(args, label, seed) for seed in range(args.seeds)]
-        for seed, folder in enumerate(folders[label]):
+        for seed in range(args.seeds):
+            folder = folder_of(args, arguments, seed)
+            folders.append((label, folder))
             command = [*common, *shlex.split(arguments), "--seed", str(seed), "--out", str(folder)]
-            same = is_run_of(folder, command)
+            asked = train.parse_args(command)
+            train.settle(asked)
+            same = is_run_of(folder, asked)
             if not (same and (folder / "result.json").exists()):
-                commands.append([*command, "--resume" if same else "--overwrite"])
-    if not args.data:
-        for arguments in rows.values():  # once, not in every run
-            how = train.parse_args([*common, *shlex.split(arguments)])
-            prepare.prepare(how.world, how.well_read)
+                commands[folder] = [*command, "--resume" if same else "--overwrite"]
+            if not asked.data:
+                worlds.add((asked.world, asked.well_read))
+    for world in worlds:
+        prepare.prepare(*world)  # once, not in every run
     with ThreadPoolExecutor(args.jobs) as pool:
-        done = pool.map(start, commands, [args.jobs] * len(commands))
+        done = pool.map(start, commands.values(), [args.jobs] * len(commands))
         list(tqdm(done, "runs", len(commands), unit="run"))
-    results = {}
-    for label, each in folders.items():
-        results[label] = [model.read_json(folder / "result.json") for folder in each]
-    return results
+    runs = [run_of(*labelled) for labelled in folders]
+    if args.table == "conflict":
+        for run, (_, folder) in zip(runs, folders):
+            if run["seed"] == 0 and run["teachers"] == runs[-1]["teachers"]:  # all of them
+                run["cosines"] = conflict_meter(folder)
+    path = Path(args.out) / f"{args.table or 'compare'}.json"
+    write_table(path, against, runs)
+    return path
 
 
-def is_run_of(folder, command):
+def is_run_of(folder, asked):
     """Tell whether this folder holds a run with just these arguments."""
-    asked = train.parse_args(command)
-    train.settle(asked)
     config = folder / "config.json"
     before = model.read_json(config) if config.exists() else {}
     settings = {name: before.get(name, value) for name, value in vars(asked).items()}
@@ -260,16 +319,83 @@ def start(command, jobs):
         raise BadInput(f"train.py {shlex.join(command)} failed: {last}")
 
 
-def deviation(values):
-    """Return the standard deviation over seeds; 0 for one."""
-    return statistics.stdev(values) if len(values) > 1 else 0.0
+# ----------------------------------------------------------------------------------- a table's file
+
+KEPT = """purifier seed steps teachers accuracy ood explains_right explains_true purified_true
+teacher_tokens ledger student_tokens seconds""".split()  # of a run's result.json
+
+
+def run_of(label, folder):
+    """Return what a table needs to know of a finished run, a dict. Its curve: the measures' means
+    on valid, [{"step": steps done, measure: mean, ...}].
+    """
+    result = model.read_json(folder / "result.json")
+    run = {"label": label}
+    for name in KEPT:
+        run[name] = result.get(name)
+    run["curve"] = []
+    for _, line in model.read_rows(folder / "metrics.jsonl"):
+        if "valid" in line:
+            point = {"step": min(line["step"] + 1, result["steps"])}
+            for measure, share in line["valid"].items():
+                point[measure] = share["mean"]
+            run["curve"].append(point)
+    return run
+
+
+def write_table(path, against, runs):
+    """Write a table's file: one run a line, numbers with 5 decimals."""
+    lines = []
+    for run in runs:
+        exact = json.dumps(run)
+        short = json.loads(exact, parse_float=lambda number: round(float(number), 5))
+        lines.append(json.dumps(short, ensure_ascii=False))
+    text = ",\n".join(lines)
+    with model.atomic(path) as temporary:
+        text = f'{{"against": {json.dumps(against)}, "runs": [\n{text}\n]}}\n'
+        temporary.write_text(text, encoding="utf-8")
+
+
+def read_tables(paths):
+    """Return (rows, {label: [run, ...]}; the labels to compare with) of these files, pooled.
+
+    Run i of any two rows has the same file and seed. A row that is not in all files is left out,
+    with a note. The labels to compare with are the first file's.
+    """
+    tables = list(map(model.read_json, paths))
+    files = []
+    for path, table in zip(paths, tables):
+        rows = {}
+        for run in table["runs"]:
+            rows.setdefault(run["label"], []).append(run)
+        seeds = {str([run["seed"] for run in runs]) for runs in rows.values()}
+        require(len(seeds) == 1, f"{path}: rows have different seeds; make the table anew")
+        files.append(rows)
+    pooled = {}
+    for label in dict.fromkeys(chain.from_iterable(files)):
+        if all(label in rows for rows in files):
+            pooled[label] = list(chain.from_iterable(rows[label] for rows in files))
+        else:
+            model.say_once(f"note: {label!r} is left out, because not all files have it")
+    require(pooled, f"{paths[0]}: has no row that all files have")
+    return pooled, [label for label in tables[0]["against"] if label in pooled]
+
+
+# ---------------------------------------------------------------------------------- a table's words
+
+MEASURES = {  # in result.json, and what a table calls them
+    "accuracy": "accuracy",
+    "ood": "out of domain",
+    "explains_right": "explains rightly",
+    "explains_true": "explains truly",
+}
 
 
 def spread(values):
     """Return shares as "mean ± standard deviation", in %."""
     shares = [100 * value for value in values]
-    text = f"{statistics.mean(shares):.1f}"
-    return f"{text} ± {deviation(shares):.1f}" if len(shares) > 1 else text
+    text = f"{fmean(shares):.1f}" if shares else ""
+    return f"{text} ± {stdev(shares):.1f}" if len(shares) > 1 else text
 
 
 def t95(n):
@@ -282,129 +408,119 @@ def t95(n):
     return z + (z**3 + z) / (4 * f) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * f**2)
 
 
-MEASURES = {  # in result.json, and what a table calls them
-    "accuracy": "accuracy",
-    "ood": "out of domain",
-    "explains_right": "explains rightly",
-    "explains_true": "explains truly",
-}
+def interval(values):
+    """Return half the width of the 95 % interval of the mean; 0 of one value."""
+    n = len(values)
+    return t95(n) * stdev(values) / n**0.5 if n > 1 else 0.0
 
 
 def difference(a, b, measure="accuracy"):
-    """Return by how many points of a measure's mean runs a lie above runs b, seed by seed, with the
+    """Return by how many points of a measure's mean runs a lie above runs b, pair by pair, with the
     mean's 95 % interval.
     """
-    gaps = [100 * (x[measure]["mean"] - y[measure]["mean"]) for x, y in zip(a, b)]
-    text = f"{statistics.mean(gaps):+.1f}"
-    if len(gaps) == 1:
-        return text
-    return f"{text} ± {t95(len(gaps)) * deviation(gaps) / len(gaps) ** 0.5:.1f}"
+    gaps = [100 * (x[measure]["mean"] - y[measure]["mean"]) for x, y in zip(a, b, strict=True)]
+    text = f"{fmean(gaps):+.1f}"
+    return f"{text} ± {interval(gaps):.1f}" if len(gaps) > 1 else text
 
 
-def costs(run):
-    """Return tokens in thousands (teachers wrote, all read, student trained on) and training seconds."""
-    wrote = 0
+def tokens(run):
+    """Return the tokens of a run in thousands, {who did what: n}."""
     read = 0
+    wrote = 0
     for kind, n in run["ledger"].items():
-        wrote += n * kind.endswith("wrote")
         read += n * kind.endswith("read")
-    return wrote / 1000, read / 1000, run["student_tokens"] / 1000, run["seconds"]["train"]
+        wrote += n * kind.endswith("wrote")
+    student = run["student_tokens"]
+    return {"teachers wrote k": wrote / 1000, "all read k": read / 1000, "student k": student / 1000}
 
 
-def publish(args, name, header, lines, content):
-    """Print a Markdown table; write it to out/NAME.md, and all that it was made from to
-    out/NAME.json.
-    """
-    text = ""
-    for line in [header, ["---"] * len(header), *lines]:
-        text += "| " + " | ".join(line) + " |\n"
-    with model.atomic(Path(args.out) / f"{name}.md") as temporary:
-        temporary.write_text(text, encoding="utf-8")
-    model.write_json(Path(args.out) / f"{name}.json", content)
-    print("\n" + text)
+def summary(label, runs):
+    """Return a row of a table, {column: text}: shares in %, tokens in thousands, seconds."""
+    row = {"": label}
+    for task in runs[0]["accuracy"]:
+        row[task] = spread([run["accuracy"][task] for run in runs])
+    for measure in list(MEASURES)[1:]:
+        if runs[0][measure]:
+            row[MEASURES[measure]] = spread([run[measure]["mean"] for run in runs])
+    row["given true"] = spread([run["purified_true"] for run in runs if run["purified_true"] is not None])
+    for column in tokens(runs[0]):
+        row[column] = f"{fmean(tokens(run)[column] for run in runs):,.0f}"
+    row["train s"] = f"{fmean(run['seconds']['train'] for run in runs):,.0f}"
+    return row
 
 
-def measured(runs):
-    """Return the measures that there are in these runs: {name in result.json: name in a table}."""
-    return {name: label for name, label in MEASURES.items() if runs[0].get(name)}
+def differences(rows, other):
+    """Yield the rows of the table of differences to another row."""
+    for label, runs in rows.items():
+        row = {f"points above {other}": label}
+        for measure, title in MEASURES.items():
+            if runs[0][measure]:
+                row[title] = difference(runs, rows[other], measure)
+        if label != other:
+            yield row
 
 
-def compare(args):
-    """Run a table's rows and publish them: shares in %, tokens in thousands, seconds of training;
-    then differences, and the curves.
-    """
-    name = "compare" if args.compare else args.table
-    rows, against = rows_of(args)
-    results = run_all(args, rows)
-    first = next(iter(results.values()))
-    measures = measured(first)
-    header = ["", *first[0]["accuracy"], *list(measures.values())[1:], "given true"]
-    header += ["teachers wrote k", "all read k", "student k", "train s"]
-    lines = []
-    for label, runs in results.items():
-        cells = [label]
-        for task in first[0]["accuracy"]:
-            cells.append(spread([run["accuracy"][task] for run in runs]))
-        for measure in list(measures)[1:]:
-            cells.append(spread([run[measure]["mean"] for run in runs]))
-        true = [run["purified_true"] for run in runs if run["purified_true"] is not None]
-        cells.append(spread(true) if true else "")
-        for column in zip(*map(costs, runs)):
-            cells.append(f"{statistics.mean(column):,.0f}")
-        lines.append(cells)
-    publish(args, name, header, lines, results)
-    for other in against:
-        lines = []
-        for label, runs in results.items():
-            gaps = [difference(runs, results[other], measure) for measure in measures]
-            lines.append([label, *(gaps if label != other else [""] * len(gaps))])
-        header = [f"points above {other}", *measures.values()]
-        publish(args, f"{name}-above-{as_file_name(other)}", header, lines, lines)
-    if args.curve:
-        curve(args, name, rows)
-    if name == "conflict":
-        lines = []
-        for label in list(results)[-2:]:  # TinyLLM and the router, with all teachers
-            for when, *cosines in conflict_meter(folder_of(args, label, 0)):
-                lines.append([f"{label}: {when}", *cosines])
-        header = ["rationales, student", "same question", "same answer"]
-        publish(args, "conflict-meter", header, lines, lines)
-    if args.plot:
-        plot(args, results, by_teachers=name == "conflict")
+def curve(runs, measure):
+    """Return a measure of valid over the steps, {step: [% of each run]}."""
+    points = {}
+    for run in runs:
+        for point in run["curve"]:
+            if measure in point:
+                points.setdefault(point["step"], []).append(100 * point[measure])
+    return points
 
 
-def as_file_name(label):
-    """Return a label as a file name can have it."""
-    return re.sub(r"[^\w.]+", "-", label).strip("-")
+def curves(rows, measure):
+    """Return the table of a measure's curves, a row a step."""
+    table = {}
+    for label, runs in rows.items():
+        for step, shares in curve(runs, measure).items():
+            row = table.setdefault(step, {f"valid, {MEASURES[measure]}, after step": str(step)})
+            row[label] = f"{fmean(shares):.1f}"
+    return [table[step] for step in sorted(table)]
 
 
-def curve(args, name, rows):
-    """Publish how the measures of valid rise over the steps: the mean of all seeds, in %."""
-    lines = []
-    for label in rows:
-        points = {}  # {step: [the measures of each seed]}
-        for seed in range(args.seeds):
-            for _, line in model.read_rows(folder_of(args, label, seed) / "metrics.jsonl"):
-                if "valid" in line:
-                    points.setdefault(line["step"], []).append(line["valid"])
-        for step, seeds in points.items():
-            cells = [label, str(step)]
-            for measure in measured(seeds):
-                share = statistics.mean(valid[measure]["mean"] for valid in seeds)
-                cells.append(f"{100 * share:.1f}")
-            lines.append(cells)
-    header = ["", "after step", *measured(seeds).values()]
-    publish(args, f"{name}-curve", header, lines, lines)
+def cosines(rows):
+    """Yield the rows of the conflict meter's table."""
+    for label, runs in rows.items():
+        for run in runs:
+            for when, found in run.get("cosines", {}).items():
+                row = {"cosine of gradients": f"{label}: {when}"}
+                for pair, cosine in found.items():
+                    row[pair] = f"{cosine:.3f}"
+                yield row
+
+
+def report(rows, against, with_curves):
+    """Return all that there is to tell of a table, in Markdown."""
+    tables = [[summary(label, runs) for label, runs in rows.items()]]
+    tables += [list(differences(rows, other)) for other in against]
+    if with_curves:
+        tables += [curves(rows, measure) for measure in MEASURES]
+    tables.append(list(cosines(rows)))
+    return "\n".join(markdown(table) for table in tables if table)
+
+
+def markdown(table):
+    """Return rows, {column: text} each, as a Markdown table. A column that a row lacks is empty."""
+    columns = list(dict.fromkeys(chain.from_iterable(table)))
+    lines = [columns, ["---"] * len(columns)]
+    for row in table:
+        lines.append([row.get(column, "") for column in columns])
+    return "".join("| " + " | ".join(line) + " |\n" for line in lines)
+
+
+# ---------------------------------------------------------------------------------- conflict meter
 
 
 def conflict_meter(run, n_pairs=64):
-    """Yield how far a run's rationales pull its student apart: the mean cosine of the gradients
-    that two of them give L_DL.
+    """Return how far a run's rationales pull its student apart: the mean cosine of the gradients
+    that two of them give L_DL, {when: {which pairs: cosine}}.
 
     "same question": two teachers' rationales of one question, where more than one is given. "same
     answer": two questions with the same right answer, a rationale of each. 1: they teach the
     same; 0: unrelated; below 0: opposed. Measured on n_pairs pairs, with the student's first
-    weights and with its last. A row: label and two cosines, as texts.
+    weights and with its last.
     """
     settings = argparse.Namespace(**model.read_json(run / "config.json"))
     rng = random.Random(0)
@@ -415,20 +531,23 @@ def conflict_meter(run, n_pairs=64):
         if given.get(q.id):
             by_answer.setdefault((q.task, q.right), []).append(q)
     groups = [group for group in by_answer.values() if len(group) > 1]
-    pairs = [rng.sample(rng.choice(groups), 2) for _ in range(n_pairs)]
+    pairs = {"same question": [], "same answer": []}
+    for _ in range(n_pairs):
+        q, other = rng.sample(rng.choice(groups), 2)
+        for text, another in combinations(given[q.id], 2):
+            pairs["same question"].append(((q, text), (q, another)))
+        own = (q, rng.choice(given[q.id]))
+        pairs["same answer"].append((own, (other, rng.choice(given[other.id]))))
     trained, _ = model.load(run / "student", settings.device)
-    for label, lm in (("before training", student), ("after training", trained)):
+    found = {}
+    for when, lm in (("before training", student), ("after training", trained)):
         token_cache = kp.TokenCache(tokenizer)
-        same_question = []
-        same_answer = []
-        for q, other in pairs:
-            for text, another in combinations(given[q.id], 2):
-                same_question.append(gradient_cosine(lm, token_cache, (q, text), (q, another)))
-            first = rng.choice(given[q.id])
-            second = rng.choice(given[other.id])
-            same_answer.append(gradient_cosine(lm, token_cache, (q, first), (other, second)))
-        own = f"{statistics.mean(same_question):.3f}" if same_question else ""
-        yield label, own, f"{statistics.mean(same_answer):.3f}"
+        found[when] = {}
+        for which, each in pairs.items():
+            if each:
+                cosines = [gradient_cosine(lm, token_cache, *pair) for pair in each]
+                found[when][which] = fmean(cosines)
+    return found
 
 
 def gradient_cosine(student, token_cache, *examples):
@@ -436,55 +555,189 @@ def gradient_cosine(student, token_cache, *examples):
     gradients = []
     for q, text in examples:
         student.zero_grad()
-        prompts = token_cache.prompts([kp.explain_prompt(q)])
-        kp.sequence_losses(student, prompts, token_cache.targets([text])).sum().backward()
+        ids = token_cache.pairs(student, [kp.explain_prompt(q)], [text])
+        kp.sequence_losses(student, *ids).sum().backward()
         parts = [p.grad.flatten() for p in student.parameters() if p.grad is not None]
         gradients.append(torch.cat(parts))
     return F.cosine_similarity(*gradients, dim=0).item()
 
 
-def plot(args, results, by_teachers):
-    """Draw accuracy against the number of teachers, or against tokens. Error bars are standard
-    deviations.
-    """
-    import matplotlib
+# --------------------------------------------------------------------------------- a table's picture
 
-    matplotlib.use("Agg")  # no window
-    from matplotlib import pyplot
+GREY = "#7d8590"  # this and the colours below can be read on white and on black
+COLOURS = ("#2f81f7", "#d97706", "#2da44e", "#d946ef", "#e5484d", "#0d9488", "#8b6cff")
+TOP, BOTTOM, LEFT = 30, 240, 44  # of a panel's axes, in pixels; a letter is LETTER wide
+LETTER = 6.7
 
-    figure, axes = pyplot.subplots(figsize=(6, 4))
-    for label, runs in results.items():
+
+def picture(rows, over):
+    """Return a table's picture, an SVG: accuracy over steps (and explanations), teachers, tokens."""
+    n = max(map(len, rows.values()))
+    lines = {}
+    for label, runs in rows.items():
         shares = [100 * run["accuracy"]["mean"] for run in runs]
-        y = statistics.mean(shares)
-        if by_teachers:
-            x = len(runs[0]["teachers"])
+        if over == "teachers":  # "router 2", "router 3", ... are one line
+            line = lines.setdefault(label.rstrip(" 0123456789"), {})
+            line[len(runs[0]["teachers"])] = shares
         else:
-            x = statistics.mean(sum(costs(run)[:3]) for run in runs) / 1000
-        axes.errorbar(x, y, deviation(shares), fmt="o", color="black", capsize=3)
-        axes.annotate(label, (x, y), xytext=(6, 3), textcoords="offset points", fontsize=7)
-    axes.set_xlabel("teachers" if by_teachers else "tokens read, written and trained on (millions)")
-    axes.set_ylabel("mean in-domain test accuracy (%)")
-    figure.tight_layout()
-    figure.savefig(args.plot, dpi=150)
-    print(f"drawn in {args.plot}")
+            lines[label] = {fmean(sum(tokens(run).values()) for run in runs) / 1000: shares}
+    panels = {"accuracy, test questions (%)": lines}
+    if over == "steps":
+        panels = {}
+        explains = "explains_true" if runs[0]["explains_true"] else "explains_right"
+        for measure in ("accuracy", explains):
+            lines = {label: curve(runs, measure) for label, runs in rows.items()}
+            panels[f"{MEASURES[measure]}, valid questions (%)"] = lines
+    caption = f"Mean of {n} runs and its 95 % interval." if n > 1 else "One run."
+    return draw(panels, OVER[over], caption, log=over == "tokens")
+
+
+def draw(panels, x_title, caption, log=False):
+    """Return panels side by side, {title: {label: {x: [y of each run]}}}, as an SVG. Texts stay
+    texts; labels stand at the ends of lines. log: of x.
+    """
+    right = LEFT + 560 // len(panels)  # where x ends
+    longest = max(map(len, chain.from_iterable(panels.values())))
+    width = round(right + 20 + LETTER * longest)
+    body = ""
+    for number, (title, lines) in enumerate(panels.items()):
+        body += f'<g transform="translate({number * width} 0)">\n'
+        body += f'<g font-weight="bold">{write(LEFT, 14, title)}</g>'
+        body += write((LEFT + right) / 2, BOTTOM + 38, x_title, "middle")
+        body += draw_lines(lines, right, log) + "</g>\n"
+    body += write(LEFT, BOTTOM + 58, caption)
+    width *= len(panels)
+    size = f'viewBox="0 0 {width} {BOTTOM + 66}" width="{width}" role="img"'
+    font = 'font-family="Helvetica, Arial, sans-serif" font-size="12"'
+    return f'<svg xmlns="http://www.w3.org/2000/svg" {size} {font}>\n{body}</svg>\n'
+
+
+def draw_lines(lines, right, log):
+    """Return a panel's axes, its lines with their intervals, and their labels."""
+    points = {}  # {label: [(x, mean, low, high)]}
+    for label, line in lines.items():
+        points[label] = []
+        for x, shares in line.items():
+            mean = fmean(shares)
+            half = interval(shares)
+            points[label].append((x, mean, max(mean - half, 0), min(mean + half, 100)))
+    xs, _, lows, highs = zip(*chain.from_iterable(points.values()))
+    x_at, x_ticks = scale(xs, LEFT, right, log)
+    y_at, y_ticks = scale(lows + highs, BOTTOM, TOP)
+    body = ""
+    for y in y_ticks:
+        body += f'<path d="M{LEFT} {y_at(y)}H{right}" stroke="{GREY}" stroke-opacity="0.25"/>\n'
+        body += write(LEFT - 8, y_at(y) + 4, f"{y:g}", "end")
+    for x in x_ticks:
+        body += write(x_at(x), BOTTOM + 18, f"{x:,.10g}", "middle")
+    taken = [(0, -999, 9999, TOP - 12), (0, BOTTOM + 6, 9999, 999)]  # boxes where no label may be
+    ends = []
+    for number, (label, own) in enumerate(points.items()):
+        colour = COLOURS[number % len(COLOURS)]
+        line = [f"{x_at(x)} {y_at(mean)}" for x, mean, _, _ in own]
+        band = [f"{x_at(x)} {y_at(low)}" for x, _, low, _ in own]
+        band += [f"{x_at(x)} {y_at(high)}" for x, _, _, high in reversed(own)]
+        faint = f'fill="{colour}" fill-opacity="0.15" stroke="{colour}" stroke-opacity="0.35"'
+        body += f'<path d="M{"L".join(band)}Z" {faint}/>\n'
+        body += f'<path d="M{"L".join(line)}" fill="none" stroke="{colour}" stroke-width="2"/>\n'
+        for value, mean, _, _ in own:
+            x = x_at(value)
+            y = y_at(mean)
+            taken.append((x - 4, y - 4, x + 4, y + 4))
+        body += f'<circle cx="{x}" cy="{y}" r="3.5" fill="{colour}"/>\n'
+        ends.append((y, x, label, colour))
+    for y, x, label, colour in sorted(ends):
+        side, free = free_place(x, y, LETTER * len(label), taken)
+        body += f'<path d="M{x} {y}L{x + side * 9} {free}" stroke="{colour}"/>\n'
+        anchor = "start" if side == 1 else "end"
+        body += write(x + side * 11, free + 4, label, anchor, colour)
+    return body
+
+
+def write(x, y, text, anchor="start", fill=GREY):
+    """Return a text; x is its start, middle or end."""
+    return f'<text x="{x}" y="{y}" text-anchor="{anchor}" fill="{fill}">{html.escape(text)}</text>\n'
+
+
+def scale(values, first, last, log=False):
+    """Return a function from a value to its pixel between first and last, and the ticks: round
+    numbers that enclose the values.
+    """
+    low = min(values)
+    high = max(max(values), low + 1e-6)
+    ticks = [digit * 10.0**power for power in range(-6, 10) for digit in (1, 2, 5)]
+    if not log:
+        step = min(tick for tick in ticks if tick >= 1 and 5 * tick >= high - low)
+        ticks = [step * i for i in range(int(low // step), int(high // step) + 2)]
+    begin = max(tick for tick in ticks if tick <= low)
+    end = min(tick for tick in ticks if tick >= high)
+    bend = math.log if log else float
+    slope = (last - first) / (bend(end) - bend(begin))
+    shown = [tick for tick in ticks if begin <= tick <= end]
+    return lambda value: round(first + slope * (bend(value) - bend(begin)), 1), shown
+
+
+def free_place(x, y, width, taken):
+    """Return where a label of a point covers none of these boxes (left, top, right, bottom): on its
+    right (1) or left (-1), and at which height, nearest to y. Add the label's box.
+    """
+    for shift in sorted(range(-240, 240, 2), key=abs):
+        for side in (1, -1):
+            middle = x + side * (11 + width / 2)
+            height = y + shift
+            box = (middle - width / 2, height - 7, middle + width / 2, height + 7)
+            if not any(overlap(box, other) for other in taken):
+                taken.append(box)
+                return side, height
+    return 1, y
+
+
+def overlap(a, b):
+    return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]
+
+
+# ---------------------------------------------------------------------------------------- the start
+
+
+def tell(args):
+    """Print a table, from fresh runs or from files; write what is asked for."""
+    files = args.stored or [train_all(args)]
+    try:
+        rows, against = read_tables(files)
+        text = report(rows, against, args.curve)
+        drawn = picture(rows, args.over)
+    except (LookupError, TypeError, AttributeError, ValueError) as error:
+        why = "not written by eval.py, or tables of different data sets"
+        raise BadInput(f"{', '.join(map(str, files))}: {why} ({error!r})") from error
+    print("\n" + text)
+    if not args.stored:
+        write_text(files[0].with_suffix(".md"), text)
+    if args.plot:
+        write_text(args.plot, drawn)
+        print(f"drawn in {args.plot}")
+
+
+def write_text(path, text):
+    with model.atomic(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
 
 
 def main(args):
     for name in ("seeds", "jobs", "show"):
         value = getattr(args, name)
         require(value is None or value > 0, f"--{name} {value}: must be at least 1")
-    has_matplotlib = importlib.util.find_spec("matplotlib")
-    require(not args.plot or has_matplotlib, "--plot needs matplotlib; pip install matplotlib")
+    why = f"--plot {args.plot}: pictures are SVG; give FILE.svg"
+    require(not args.plot or args.plot.endswith(".svg"), why)
     args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if args.quick:
         args.seeds = 1
         args.steps = 200
-    if args.compare or args.table:
-        compare(args)
+    if args.stored or args.compare or args.table:
+        tell(args)
     else:
         require(args.run, "nothing to do: give a run's folder, --compare or a table; see --help")
         if args.show:
-            look(args)
+            show(look(args))
         else:
             train.print_shares(evaluate(args))
 
