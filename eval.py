@@ -74,8 +74,9 @@ import re
 import shlex
 import subprocess
 import textwrap
+from bisect import bisect_left, bisect_right
 from concurrent.futures import ThreadPoolExecutor
-from itertools import chain, combinations
+from itertools import chain, combinations, cycle, product
 from pathlib import Path
 from statistics import fmean, stdev
 
@@ -95,48 +96,44 @@ from purify import PURIFIERS
 
 
 def open_run(args):
-    """Return what belongs to one student, opened: settings, result (None of a bare checkpoint),
-    data {split: [Question]}, its folder, student, tokenizer, prefixes of its explanations.
+    """Return what belongs to one student: settings, the data's folder, (student, tokenizer), the
+    prefixes of its explanations.
     """
     folder = Path(args.run)
     why = f"{folder}: no such folder; give a run (out/RUN) or a checkpoint folder"
     require(folder.is_dir(), why)
-    run = argparse.Namespace(folder=folder, result=None)
+    n_prefixes = 0
     if (folder / "metrics.jsonl").exists():
         why = f"{folder}: this run is not finished; go on with train.py ... --resume"
         require((folder / "result.json").exists(), why)
-        run.result = model.read_json(folder / "result.json")
-        run.settings = argparse.Namespace(**model.read_json(folder / "config.json"))
+        settings = argparse.Namespace(**model.read_json(folder / "config.json"))
+        if settings.teacher_prefixes:
+            n_prefixes = len(model.read_json(folder / "result.json")["teachers"])
         folder = folder / "student"
-    else:  # measured as a run with default arguments would be
-        run.settings = train.parse_args(["--data", args.data] if args.data else [])
-        train.settle(run.settings)
-    settings = run.settings
+    else:  # a bare checkpoint: measured as a run with default arguments would be
+        settings = train.parse_args(["--data", args.data] if args.data else [])
+        train.settle(settings)
     settings.device = args.device
     settings.per_token |= args.per_token
-    run.student, run.tokenizer = model.load(folder, args.device)
-    kind = run.student.config["model_type"]
+    student, tokenizer = model.load(folder, args.device)
+    kind = student.config["model_type"]
     why = f"{folder}: a {kind} is no student; take one of {', '.join(train.STUDENTS)}"
     require(kind in train.STUDENTS, why)
-    run.data_folder = args.data or settings.data
-    if run.data_folder is None:
-        run.data_folder = prepare.prepare(settings.world, settings.well_read)
-    run.data = read_data(run.data_folder)
-    run.prefixes = kp.explain_prefixes(len(run.result["teachers"]) if settings.teacher_prefixes else 0)
-    return run
+    data = args.data or settings.data or prepare.prepare(settings.world, settings.well_read)
+    return settings, Path(data), (student, tokenizer), kp.explain_prefixes(n_prefixes)
 
 
 def evaluate(args):
     """Return {measure: {task: share, ..., "mean"}} of a student on test and ood/test: train.measure,
     and TinyLLM's accuracy, the share of answers that it generates word by word.
     """
-    run = open_run(args)
-    student = (run.student, run.tokenizer)
+    settings, folder, student, prefixes = open_run(args)
+    data = read_data(folder)
     shares = {}
     for split, label in (("test", ""), ("ood/test", "out of domain: ")):
-        questions = run.data.get(split, [])
+        questions = data.get(split, [])
         if questions:
-            found = train.measure(run.settings, *student, questions, run.prefixes)
+            found = train.measure(settings, *student, questions, prefixes)
             for name, share in found.items():
                 shares[label + name.replace("_", " ")] = share
             shares[label + "exact match"] = kp.exact_match(*student, questions)
@@ -147,44 +144,48 @@ def look(args):
     """Return a close look at N training questions of a run: [(Question, what was said of it)].
 
     What was said: tuples of who said it, the text, what it is worth (`rate`), and whether the
-    student was given it to learn.
+    student learnt it.
     """
     require(args.data is None, "--show takes the questions of the run itself; leave --data out")
-    run = open_run(args)
-    why = f"{args.run}: --show and --html need a run's folder (out/RUN), not a bare checkpoint"
-    require(run.result, why)
-    ranks = train.Ranks(args.device)
-    teachers = train.open_teachers(run.settings, Path(run.data_folder), run.data, None, ranks)
-    by_id = {q.id: q for q in train.training_questions(run.settings, run.data)[0]}
-    rows = [row for _, row in model.read_rows(run.folder / "purified.jsonl")]
-    rows = random.Random(run.settings.seed).sample(rows, min(args.show, len(rows)))
+    purified = Path(args.run) / "purified.jsonl"
+    why = f"{args.run}: --show and --html need a finished run (out/RUN)"
+    require(purified.exists(), why)
+    settings, folder, student, prefixes = open_run(args)
+    data = read_data(folder)
+    teachers = train.open_teachers(settings, folder, data, None, train.Ranks(args.device))
+    by_id = {q.id: q for q in train.training_questions(settings, data)[0]}
+    rows = [row for _, row in model.read_rows(purified)]
+    rows = random.Random(settings.seed).sample(rows, min(args.show, len(rows)))
     questions = [by_id[row["id"]] for row in rows]
-    student = (run.student, run.tokenizer, questions)
-    guesses = kp.guesses(*student, run.settings.per_token)
-    said = []
-    for q, row, texts, guess in zip(questions, rows, teachers.all_rationales(questions), guesses):
-        own = []
+    written = teachers.all_rationales(questions)
+    guesses = kp.guesses(*student, questions, settings.per_token)
+    seen = []
+    for q, row, texts, guess in zip(questions, rows, written, guesses):
+        said = []
         for m, (name, text) in enumerate(zip(teachers.names, texts)):
-            chance = f" P={row['probabilities'][m]:.2f}" if row["probabilities"] else ""
-            own.append((name + chance, text, rate(text, q), text in row["rationales"]))
+            if row["probabilities"]:
+                name += f" P={row['probabilities'][m]:.2f}"
+            said.append((name, text, rate(text, q), text in row["rationales"]))
         for text in row["rationales"]:
             if text not in texts:
-                own.append(("purifier", text, rate(text, q), True))
+                said.append(("purifier", text, rate(text, q), True))
         worth = "right answer" if guess == q.answer else "wrong answer"
-        own.append(("student answers", q.choices[guess], worth, False))
-        said.append(own)
-    for prefix in run.prefixes:
-        texts = kp.explanations(*student, run.settings.max_new_tokens, prefix)
-        for q, own, text in zip(questions, said, texts):
-            own.append((f"student, {prefix}", text, rate(text, q), False))
-    return list(zip(questions, said))
+        said.append(("student answers", q.choices[guess], worth, False))
+        for prefix in prefixes:
+            (text,) = kp.explanations(*student, [q], settings.max_new_tokens, prefix)
+            who = prefix.replace("explain", "student explains")
+            said.append((who, text, rate(text, q), False))
+        seen.append((q, said))
+    return seen
 
 
 def rate(text, q):
     """Return what a rationale is worth, in words. Only the micro world knows which are true."""
     if text == q.truth:
         return "true"
-    return "right answer" if kp.is_right(text, q) else "wrong answer"
+    if kp.is_right(text, q):
+        return "right answer, untrue" if q.truth else "right answer"
+    return "wrong answer"
 
 
 def show(seen):
@@ -196,7 +197,7 @@ def show(seen):
         for who, text, worth, learnt in said:
             print_line("=> " * learnt + who, f"{text} [{worth}]", worth)
     print("-" * 100)
-    print("=> the student learnt it   [true] word by word   [right answer] but other words")
+    print("=> the student learnt it   [true] word for word the true rationale, where that is known")
 
 
 def print_line(label, text, worth="right answer"):
@@ -262,11 +263,10 @@ def train_all(args):
     """Train what is missing of a table. Write the table's file and return its path."""
     rows, against = rows_of(args)
     common = []
-    for name in ("data", "student", "world", "steps"):
-        if getattr(args, name) is not None:
-            common += [f"--{name}", str(getattr(args, name))]
-    if args.teachers:
-        common += ["--teachers", *args.teachers]
+    for name in ("data", "teachers", "student", "world", "steps"):
+        value = getattr(args, name)
+        if value is not None:
+            common += [f"--{name}", *map(str, model.as_list(value))]
     folders = []
     commands = {}
     worlds = set()
@@ -357,28 +357,24 @@ def write_table(path, against, runs):
 
 
 def read_tables(paths):
-    """Return (rows, {label: [run, ...]}; the labels to compare with) of these files, pooled.
+    """Return what these files hold together: rows, {label: [run, ...]}; the labels to compare with
+    (the first file's).
 
-    Run i of any two rows has the same file and seed. A row that is not in all files is left out,
-    with a note. The labels to compare with are the first file's.
+    Run i of any two rows has the same file and seed. A row that lacks some is left out, with a note.
     """
-    tables = list(map(model.read_json, paths))
-    files = []
-    for path, table in zip(paths, tables):
-        rows = {}
-        for run in table["runs"]:
+    rows = {}
+    pairs = {}
+    for path in paths:
+        for run in model.read_json(path)["runs"]:
             rows.setdefault(run["label"], []).append(run)
-        seeds = {str([run["seed"] for run in runs]) for runs in rows.values()}
-        require(len(seeds) == 1, f"{path}: rows have different seeds; make the table anew")
-        files.append(rows)
-    pooled = {}
-    for label in dict.fromkeys(chain.from_iterable(files)):
-        if all(label in rows for rows in files):
-            pooled[label] = list(chain.from_iterable(rows[label] for rows in files))
-        else:
-            model.say_once(f"note: {label!r} is left out, because not all files have it")
-    require(pooled, f"{paths[0]}: has no row that all files have")
-    return pooled, [label for label in tables[0]["against"] if label in pooled]
+            pairs.setdefault(run["label"], []).append((path, run["seed"]))
+    complete = max(pairs.values(), key=len)
+    for label in pairs:
+        if pairs[label] != complete:
+            model.say_once(f"note: {label!r} is left out: other rows have other files or seeds")
+            del rows[label]
+    against = model.read_json(paths[0])["against"]
+    return rows, [label for label in against if label in rows]
 
 
 # ---------------------------------------------------------------------------------- a table's words
@@ -572,7 +568,6 @@ LETTER = 6.7
 
 def picture(rows, over):
     """Return a table's picture, an SVG: accuracy over steps (and explanations), teachers, tokens."""
-    n = max(map(len, rows.values()))
     lines = {}
     for label, runs in rows.items():
         shares = [100 * run["accuracy"]["mean"] for run in runs]
@@ -584,28 +579,27 @@ def picture(rows, over):
     panels = {"accuracy, test questions (%)": lines}
     if over == "steps":
         panels = {}
-        explains = "explains_true" if runs[0]["explains_true"] else "explains_right"
-        for measure in ("accuracy", explains):
+        for measure in ("accuracy", "explains_true" if runs[0]["explains_true"] else "explains_right"):
             lines = {label: curve(runs, measure) for label, runs in rows.items()}
             panels[f"{MEASURES[measure]}, valid questions (%)"] = lines
+    n = len(runs)
     caption = f"Mean of {n} runs and its 95 % interval." if n > 1 else "One run."
     return draw(panels, OVER[over], caption, log=over == "tokens")
 
 
-def draw(panels, x_title, caption, log=False):
+def draw(panels, x_title, caption, log=False, width=560):
     """Return panels side by side, {title: {label: {x: [y of each run]}}}, as an SVG. Texts stay
-    texts; labels stand at the ends of lines. log: of x.
+    texts; labels stand at the ends of lines. log: of x. width: of all x axes together.
     """
-    right = LEFT + 560 // len(panels)  # where x ends
+    right = LEFT + width // len(panels)  # where x ends
     longest = max(map(len, chain.from_iterable(panels.values())))
     width = round(right + 20 + LETTER * longest)
-    body = ""
+    body = write(LEFT, BOTTOM + 58, caption)
     for number, (title, lines) in enumerate(panels.items()):
         body += f'<g transform="translate({number * width} 0)">\n'
         body += f'<g font-weight="bold">{write(LEFT, 14, title)}</g>'
         body += write((LEFT + right) / 2, BOTTOM + 38, x_title, "middle")
         body += draw_lines(lines, right, log) + "</g>\n"
-    body += write(LEFT, BOTTOM + 58, caption)
     width *= len(panels)
     size = f'viewBox="0 0 {width} {BOTTOM + 66}" width="{width}" role="img"'
     font = 'font-family="Helvetica, Arial, sans-serif" font-size="12"'
@@ -632,25 +626,23 @@ def draw_lines(lines, right, log):
         body += write(x_at(x), BOTTOM + 18, f"{x:,.10g}", "middle")
     taken = [(0, -999, 9999, TOP - 12), (0, BOTTOM + 6, 9999, 999)]  # boxes where no label may be
     ends = []
-    for number, (label, own) in enumerate(points.items()):
-        colour = COLOURS[number % len(COLOURS)]
-        line = [f"{x_at(x)} {y_at(mean)}" for x, mean, _, _ in own]
-        band = [f"{x_at(x)} {y_at(low)}" for x, _, low, _ in own]
-        band += [f"{x_at(x)} {y_at(high)}" for x, _, _, high in reversed(own)]
+    for colour, (label, own) in zip(cycle(COLOURS), points.items()):
+        x, *ys = zip(*own)
+        x = tuple(map(x_at, x))
+        mean, low, high = (tuple(map(y_at, y)) for y in ys)
+        band = path(x + x[::-1], low + high[::-1])
         faint = f'fill="{colour}" fill-opacity="0.15" stroke="{colour}" stroke-opacity="0.35"'
-        body += f'<path d="M{"L".join(band)}Z" {faint}/>\n'
-        body += f'<path d="M{"L".join(line)}" fill="none" stroke="{colour}" stroke-width="2"/>\n'
-        for value, mean, _, _ in own:
-            x = x_at(value)
-            y = y_at(mean)
-            taken.append((x - 4, y - 4, x + 4, y + 4))
-        body += f'<circle cx="{x}" cy="{y}" r="3.5" fill="{colour}"/>\n'
-        ends.append((y, x, label, colour))
-    for y, x, label, colour in sorted(ends):
-        side, free = free_place(x, y, LETTER * len(label), taken)
-        body += f'<path d="M{x} {y}L{x + side * 9} {free}" stroke="{colour}"/>\n'
-        anchor = "start" if side == 1 else "end"
-        body += write(x + side * 11, free + 4, label, anchor, colour)
+        body += f'<path d="M{band}Z" {faint}/>\n'
+        body += f'<path d="M{path(x, mean)}" fill="none" stroke="{colour}" stroke-width="2"/>\n'
+        body += f'<circle cx="{x[-1]}" cy="{mean[-1]}" r="3.5" fill="{colour}"/>\n'
+        taken += [(left - 4, top - 4, left + 4, top + 4) for left, top in zip(x, mean)]
+        sides = ("start", "end") if len(own) == 1 else ("start",)  # left of a line's end is the line
+        ends.append((mean[-1], x[-1], sides, label, colour))
+    for y, x, sides, label, colour in sorted(ends):
+        anchor, free = free_place(x, y, sides, LETTER * len(label), taken)
+        sign = 1 if anchor == "start" else -1
+        body += f'<path d="M{x} {y}L{x + 9 * sign} {free}" stroke="{colour}"/>\n'
+        body += write(x + 11 * sign, free + 4, label, anchor, colour)
     return body
 
 
@@ -659,41 +651,101 @@ def write(x, y, text, anchor="start", fill=GREY):
     return f'<text x="{x}" y="{y}" text-anchor="{anchor}" fill="{fill}">{html.escape(text)}</text>\n'
 
 
+def path(xs, ys):
+    return "L".join(f"{x} {y}" for x, y in zip(xs, ys))
+
+
 def scale(values, first, last, log=False):
     """Return a function from a value to its pixel between first and last, and the ticks: round
     numbers that enclose the values.
     """
     low = min(values)
     high = max(max(values), low + 1e-6)
-    ticks = [digit * 10.0**power for power in range(-6, 10) for digit in (1, 2, 5)]
+    numbers = [digit * 10.0**power for power in range(-6, 10) for digit in (1, 2, 5)]
     if not log:
-        step = min(tick for tick in ticks if tick >= 1 and 5 * tick >= high - low)
-        ticks = [step * i for i in range(int(low // step), int(high // step) + 2)]
-    begin = max(tick for tick in ticks if tick <= low)
-    end = min(tick for tick in ticks if tick >= high)
+        step = max(1, next(number for number in numbers if 5 * number >= high - low))
+        numbers = [step * i for i in range(int(low // step), int(high // step) + 2)]
+    ticks = numbers[bisect_right(numbers, low) - 1 : bisect_left(numbers, high) + 1]
     bend = math.log if log else float
-    slope = (last - first) / (bend(end) - bend(begin))
-    shown = [tick for tick in ticks if begin <= tick <= end]
-    return lambda value: round(first + slope * (bend(value) - bend(begin)), 1), shown
+    begin = bend(ticks[0])
+    slope = (last - first) / (bend(ticks[-1]) - begin)
+    return lambda value: round(first + slope * (bend(value) - begin), 1), ticks
 
 
-def free_place(x, y, width, taken):
-    """Return where a label of a point covers none of these boxes (left, top, right, bottom): on its
-    right (1) or left (-1), and at which height, nearest to y. Add the label's box.
+def free_place(x, y, sides, width, taken):
+    """Return where a label of a point covers none of these boxes (left, top, right, bottom): at its
+    "start" (the label is on the right) or "end", and at which height near y. Add the label's box.
     """
-    for shift in sorted(range(-240, 240, 2), key=abs):
-        for side in (1, -1):
-            middle = x + side * (11 + width / 2)
-            height = y + shift
-            box = (middle - width / 2, height - 7, middle + width / 2, height + 7)
-            if not any(overlap(box, other) for other in taken):
-                taken.append(box)
-                return side, height
-    return 1, y
+    for shift, side in product(sorted(range(-240, 240, 2), key=abs), sides):
+        left = x + 11 if side == "start" else x - 11 - width
+        top = y + shift - 7
+        box = (left, top, left + width, top + 14)
+        if all(box[0] > r or box[2] < l or box[1] > b or box[3] < t for l, t, r, b in taken):
+            taken.append(box)
+            return side, y + shift
+    return "start", y
 
 
-def overlap(a, b):
-    return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]
+# ------------------------------------------------------------------------------------ a run's page
+
+HEAD = """<!doctype html>
+<html lang="en">
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<style>
+:root { color-scheme: light dark; --line: #d1d9e0; --right: #1a7f37; --untrue: #9a6700; --wrong: #cf222e }
+body { color: #1f2328; background: #fff; font: 16px/1.5 system-ui, sans-serif }
+body { max-width: 1100px; margin: 0 auto; padding: 1rem; overflow-wrap: anywhere }
+h1 { font-size: 1.4rem } h2 { font-size: 1rem; margin: 2.5rem 0 0 } p { margin: .25rem 0 0 }
+svg { max-width: 100%; height: auto; margin-top: 1rem }
+.cards { display: grid; grid-template-columns: repeat(auto-fill, minmax(10rem, 1fr)); gap: .6rem }
+.cards { margin: .6rem 0 }
+.card { border: 1px solid var(--line); border-radius: 6px; padding: .5rem .7rem }
+.card small { display: block }
+.learnt { outline: 2px solid #2f81f7 }
+.true small, .right small { color: var(--right) }
+.untrue small { color: var(--untrue) }
+.wrong small { color: var(--wrong) }
+@media (prefers-color-scheme: dark) {
+  :root { --line: #3d444d; --right: #3fb950; --untrue: #d29922; --wrong: #ff7b72 }
+  body { color: #e6edf3; background: #0d1117 }
+}
+</style>
+"""
+LEGEND = """Framed in blue: the student learnt it. True: word for word the true rationale, where that is
+known. P: the probability that the purifier gave to this teacher."""
+
+
+def page(args):
+    """Return a run as a page of HTML that needs nothing else: its figures, its curve, a close look."""
+    seen = look(args)
+    run = run_of("", Path(args.run))
+    title = html.escape(f"{run['purifier']}, seed {run['seed']}, {run['steps']} steps")
+    body = f"<title>{title}</title>\n<h1>{title}</h1>\n"
+    body += "<p>Shares of test questions in %, tokens in thousands (k), seconds (s).</p>\n"
+    row = summary("", [run])
+    body += cards((column, row[column], "", False) for column in row if column)
+    lines = {}
+    for measure in run["curve"][-1]:
+        if measure in MEASURES:
+            lines[MEASURES[measure]] = curve([run], measure)
+    body += draw({"valid questions (%)": lines}, OVER["steps"], "", width=300)
+    body += f"<p>{LEGEND}</p>\n"
+    for q, said in seen:
+        body += f"<h2>{html.escape(kp.ask(q))}</h2>\n"
+        body += f"<p>{html.escape(q.task)}; right answer: {html.escape(q.right)}</p>\n"
+        body += cards(said)
+    return HEAD + body
+
+
+def cards(boxes):
+    """Return boxes side by side: who, text, what it is worth and whether it was learnt."""
+    body = ""
+    for who, text, worth, learnt in boxes:
+        kinds = worth.replace(",", "") + " learnt" * learnt
+        body += f'<div class="card {kinds}"><b>{html.escape(who)}</b>'
+        body += f"<small>{worth}{', learnt' * learnt}</small><p>{html.escape(text)}</p></div>\n"
+    return f'<div class="cards">\n{body}</div>\n'
 
 
 # ---------------------------------------------------------------------------------------- the start
@@ -736,7 +788,11 @@ def main(args):
         tell(args)
     else:
         require(args.run, "nothing to do: give a run's folder, --compare or a table; see --help")
-        if args.show:
+        if args.html:
+            args.show = args.show or 12
+            write_text(args.html, page(args))
+            print(f"written to {args.html}")
+        elif args.show:
             show(look(args))
         else:
             train.print_shares(evaluate(args))
