@@ -757,7 +757,7 @@ def tell(args):
     try:
         rows, against = read_tables(files)
         text = report(rows, against, args.curve)
-        drawn = picture(rows, args.over)
+        drawn = picture(rows, args.over) if args.plot else ""
     except (LookupError, TypeError, AttributeError, ValueError) as error:
         why = "not written by eval.py, or tables of different data sets"
         raise BadInput(f"{', '.join(map(str, files))}: {why} ({error!r})") from error
