@@ -57,7 +57,6 @@ def parse_args(argv=None):
     add("--student")
     add("--world", type=int)
     add("--steps", type=int)
-    add("--quick", action="store_true", help="a rehearsal: one seed, 200 steps")
     return parser.parse_args(argv)
 
 
@@ -252,11 +251,10 @@ def rows_of(args):
 
 def folder_of(args, arguments, seed):
     """Return the folder of the run with these arguments and this seed."""
-    kind = "quick" if args.quick else "runs"
     name = re.sub(r"[^\w.]+", "-", arguments).strip("-")
     if len(name) > 200:  # file systems take 255
         name = name[:190] + hashlib.sha256(arguments.encode()).hexdigest()[:8]
-    return Path(args.out) / kind / f"{name}-{seed}"
+    return Path(args.out) / "runs" / f"{name}-{seed}"
 
 
 def train_all(args):
@@ -628,32 +626,31 @@ def draw_lines(lines, right, log):
     taken = [(0, -999, 9999, TOP - 12), (0, BOTTOM + 6, 9999, 999)]  # boxes where no label may be
     ends = []
     for colour, (label, own) in zip(cycle(COLOURS), points.items()):
-        x, *ys = zip(*own)
-        x = tuple(map(x_at, x))
-        mean, low, high = (tuple(map(y_at, y)) for y in ys)
-        band = path(x + x[::-1], low + high[::-1])
+        line = []
+        band = []
+        for value, mean, low, high in own:
+            x = x_at(value)
+            y = y_at(mean)
+            line.append(f"{x} {y}")
+            band.append(f"{x} {y_at(low)}")
+            band.insert(0, f"{x} {y_at(high)}")
         faint = f'fill="{colour}" fill-opacity="0.15" stroke="{colour}" stroke-opacity="0.35"'
-        body += f'<path d="M{band}Z" {faint}/>\n'
-        body += f'<path d="M{path(x, mean)}" fill="none" stroke="{colour}" stroke-width="2"/>\n'
-        body += f'<circle cx="{x[-1]}" cy="{mean[-1]}" r="3.5" fill="{colour}"/>\n'
-        taken += [(left - 4, top - 4, left + 4, top + 4) for left, top in zip(x, mean)]
-        sides = ("start", "end") if len(own) == 1 else ("start",)  # left of a line's end is the line
-        ends.append((mean[-1], x[-1], sides, label, colour))
-    for y, x, sides, label, colour in sorted(ends):
-        anchor, free = free_place(x, y, sides, LETTER * len(label), taken)
-        sign = 1 if anchor == "start" else -1
-        body += f'<path d="M{x} {y}L{x + 9 * sign} {free}" stroke="{colour}"/>\n'
-        body += write(x + 11 * sign, free + 4, label, anchor, colour)
+        body += f'<path d="M{"L".join(band)}Z" {faint}/>\n'
+        body += f'<path d="M{"L".join(line)}" fill="none" stroke="{colour}" stroke-width="2"/>\n'
+        body += f'<circle cx="{x}" cy="{y}" r="3.5" fill="{colour}"/>\n'
+        taken.append((x - 4, y - 4, x + 4, y + 4))
+        ends.append((y, x, label, colour))
+    for y, x, label, colour in sorted(ends):
+        # Right of the end, or where lines are single points also left.
+        side, free = free_place(x, y, (1, -1) if log else (1,), LETTER * len(label), taken)
+        body += f'<path d="M{x} {y}L{x + 9 * side} {free}" stroke="{colour}"/>\n'
+        body += write(x + 11 * side, free + 4, label, "start" if side == 1 else "end", colour)
     return body
 
 
 def write(x, y, text, anchor="start", fill=GREY):
     """Return a text; x is its start, middle or end."""
     return f'<text x="{x}" y="{y}" text-anchor="{anchor}" fill="{fill}">{html.escape(text)}</text>\n'
-
-
-def path(xs, ys):
-    return "L".join(f"{x} {y}" for x, y in zip(xs, ys))
 
 
 def scale(values, first, last, log=False):
@@ -674,17 +671,17 @@ def scale(values, first, last, log=False):
 
 
 def free_place(x, y, sides, width, taken):
-    """Return where a label of a point covers none of these boxes (left, top, right, bottom): at its
-    "start" (the label is on the right) or "end", and at which height near y. Add the label's box.
+    """Return where a label of a point covers none of these boxes (left, top, right, bottom): on its
+    right (1) or left (-1), and at which height near y. Add the label's box.
     """
     for shift, side in product(sorted(range(-240, 240, 2), key=abs), sides):
-        left = x + 11 if side == "start" else x - 11 - width
+        left = x + 11 if side == 1 else x - 11 - width
         top = y + shift - 7
         box = (left, top, left + width, top + 14)
         if all(box[0] > r or box[2] < l or box[1] > b or box[3] < t for l, t, r, b in taken):
             taken.append(box)
             return side, y + shift
-    return "start", y
+    return 1, y
 
 
 # ------------------------------------------------------------------------------------ a run's page
@@ -782,9 +779,6 @@ def main(args):
     why = f"--plot {args.plot}: pictures are SVG; give FILE.svg"
     require(not args.plot or args.plot.endswith(".svg"), why)
     args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if args.quick:
-        args.seeds = 1
-        args.steps = 200
     if args.stored or args.compare or args.table:
         tell(args)
     else:

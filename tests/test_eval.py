@@ -145,7 +145,7 @@ def test_a_curve_is_drawn_where_its_axes_say():
 def test_labels_never_cover_each_other():
     taken = []
     for n in range(12):
-        evaluation.free_place(100, 100 + n, ("start", "end"), 50, taken)
+        evaluation.free_place(100, 100 + n, (1, -1), 50, taken)
     assert len(taken) == 12
     for one, other in combinations(taken, 2):
         assert one[2] <= other[0] or other[2] <= one[0] or one[3] <= other[1] or other[3] <= one[1]
