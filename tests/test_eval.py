@@ -132,14 +132,26 @@ def test_a_picture_is_svg_with_its_labels_as_texts(over, x_title, tmp_path, caps
         assert 0 < float(circle.get("cx")) < width and 0 < float(circle.get("cy")) < height
 
 
-def test_a_curve_is_drawn_where_its_axes_say():
-    svg = evaluation.draw({"title": {"line": {0: [20], 500: [60], 1000: [40]}}}, "x", "")
-    (drawn,) = re.findall('<path d="M([^"]*)" fill="none"', svg)
-    points = [tuple(map(float, point.split())) for point in drawn.split("L")]
+def test_a_curve_and_its_interval_are_drawn_where_the_axes_say():
+    svg = evaluation.draw({"title": {"line": {0: [20], 500: [60], 1000: [40, 44]}}}, "x", "")
+    (line,) = re.findall('<path d="M([^"]*)" fill="none"', svg)
+    (band,) = re.findall('<path d="M([^"]*)Z"', svg)
     ticks = {text: (float(x), float(y)) for x, y, text in re.findall('<text x="(.*?)" y="(.*?)" .*?>(.*?)<', svg)}
-    # Ticks stand 18 below and 8 left of the axes; a text's line is 4 below its middle.
-    assert [x for x, _ in points] == [pytest.approx(ticks["0"][0] + share * (ticks["1,000"][0] - ticks["0"][0])) for share in (0, 0.5, 1)]
-    assert [y for _, y in points] == [pytest.approx(ticks[text][1] - 4) for text in ("20", "60", "40")]
+    left = ticks["0"][0]
+    right = ticks["1,000"][0]
+    assert f"M{left:.0f} " in svg and f"H{right:.0f}" in svg  # the grid's ends
+    top = ticks["60"][1] - 4  # a text's line is 4 below its middle
+    a_point = (ticks["20"][1] - 4 - top) / 40
+
+    def pixels(*points):
+        return [(left + x * (right - left), pytest.approx(top + (60 - y) * a_point, abs=0.1)) for x, y in points]
+
+    def drawn(path):
+        return [tuple(map(float, point.split())) for point in path.split("L")]
+
+    assert drawn(line) == pixels((0, 20), (0.5, 60), (1, 42))
+    half = 12.706 * 2  # of 40 and 44: t = 12.706, standard error 2
+    assert sorted(drawn(band))[-2:] == sorted(pixels((1, 42 + half), (1, 42 - half)), key=lambda p: p[1].expected)
 
 
 def test_labels_never_cover_each_other():
