@@ -15,7 +15,8 @@ A table starts train.py as a user would, once for each row and seed, and keeps w
 writes out/NAME.json, which holds all that it tells and draws, and out/NAME.md. Rows are compared
 seed by seed, with the 95 % interval of the mean difference.
 
-The file reads top to bottom: one student, many runs, a table's file, its words, its picture.
+The file reads top to bottom: one student, many runs, a table's file, its words, its
+picture, a run's page.
 """
 
 import argparse
@@ -75,12 +76,11 @@ import subprocess
 import textwrap
 from bisect import bisect_left, bisect_right
 from concurrent.futures import ThreadPoolExecutor
-from itertools import chain, combinations, cycle, product
+from itertools import chain, cycle, product
 from pathlib import Path
 from statistics import fmean, stdev
 
 import torch
-import torch.nn.functional as F
 from tqdm import tqdm
 
 import kp
@@ -286,10 +286,6 @@ def train_all(args):
         done = pool.map(start, commands.values(), [args.jobs] * len(commands))
         list(tqdm(done, "runs", len(commands), unit="run"))
     runs = [run_of(*labelled) for labelled in folders]
-    if args.table == "conflict":
-        for run, (_, folder) in zip(runs, folders):
-            if run["seed"] == 0 and run["teachers"] == runs[-1]["teachers"]:  # all of them
-                run["cosines"] = conflict_meter(folder)
     path = Path(args.out) / f"{args.table or 'compare'}.json"
     write_table(path, against, runs)
     return path
@@ -475,24 +471,12 @@ def curves(rows, measure):
     return [table[step] for step in sorted(table)]
 
 
-def cosines(rows):
-    """Yield the rows of the conflict meter's table."""
-    for label, runs in rows.items():
-        for run in runs:
-            for when, found in run.get("cosines", {}).items():
-                row = {"cosine of gradients": f"{label}: {when}"}
-                for pair, cosine in found.items():
-                    row[pair] = f"{cosine:.3f}"
-                yield row
-
-
 def report(rows, against, with_curves):
     """Return all that there is to tell of a table, in Markdown."""
     tables = [[summary(label, runs) for label, runs in rows.items()]]
     tables += [list(differences(rows, other)) for other in against]
     if with_curves:
         tables += [curves(rows, measure) for measure in MEASURES]
-    tables.append(list(cosines(rows)))
     return "\n".join(markdown(table) for table in tables if table)
 
 
@@ -503,58 +487,6 @@ def markdown(table):
     for row in table:
         lines.append([row.get(column, "") for column in columns])
     return "".join("| " + " | ".join(line) + " |\n" for line in lines)
-
-
-# ---------------------------------------------------------------------------------- conflict meter
-
-
-def conflict_meter(run, n_pairs=64):
-    """Return how far a run's rationales pull its student apart: the mean cosine of the gradients
-    that two of them give L_DL, {when: {which pairs: cosine}}.
-
-    "same question": two teachers' rationales of one question, where more than one is given. "same
-    answer": two questions with the same right answer, a rationale of each. 1: they teach the
-    same; 0: unrelated; below 0: opposed. Measured on n_pairs pairs, with the student's first
-    weights and with its last.
-    """
-    settings = argparse.Namespace(**model.read_json(run / "config.json"))
-    rng = random.Random(0)
-    data, _, student, tokenizer, _ = train.open_parts(settings, train.Ranks(settings.device))
-    given = {row["id"]: row["rationales"] for _, row in model.read_rows(run / "purified.jsonl")}
-    by_answer = {}
-    for q in train.training_questions(settings, data)[0]:
-        if given.get(q.id):
-            by_answer.setdefault((q.task, q.right), []).append(q)
-    groups = [group for group in by_answer.values() if len(group) > 1]
-    pairs = {"same question": [], "same answer": []}
-    for _ in range(n_pairs):
-        q, other = rng.sample(rng.choice(groups), 2)
-        for text, another in combinations(given[q.id], 2):
-            pairs["same question"].append(((q, text), (q, another)))
-        own = (q, rng.choice(given[q.id]))
-        pairs["same answer"].append((own, (other, rng.choice(given[other.id]))))
-    trained, _ = model.load(run / "student", settings.device)
-    found = {}
-    for when, lm in (("before training", student), ("after training", trained)):
-        token_cache = kp.TokenCache(tokenizer)
-        found[when] = {}
-        for which, each in pairs.items():
-            if each:
-                cosines = [gradient_cosine(lm, token_cache, *pair) for pair in each]
-                found[when][which] = fmean(cosines)
-    return found
-
-
-def gradient_cosine(student, token_cache, *examples):
-    """Return the cosine of the gradients of L_DL of two examples (question, rationale)."""
-    gradients = []
-    for q, text in examples:
-        student.zero_grad()
-        ids = token_cache.pairs(student, [kp.explain_prompt(q)], [text])
-        kp.sequence_losses(student, *ids).sum().backward()
-        parts = [p.grad.flatten() for p in student.parameters() if p.grad is not None]
-        gradients.append(torch.cat(parts))
-    return F.cosine_similarity(*gradients, dim=0).item()
 
 
 # --------------------------------------------------------------------------------- a table's picture
