@@ -211,7 +211,7 @@ def print_line(label, text, worth="right answer"):
 
 # ---------------------------------------------------------------------------------------- many runs
 
-NAMES = {"none": "TinyLLM", "answers": "answers only"}  # of rows; the others are the purifier's
+NAMES = {"none": "TinyLLM", "answers": "answers only"}  # of purifiers; the others are called as --purifier
 
 
 def rows_of(args):
@@ -285,9 +285,8 @@ def train_all(args):
     with ThreadPoolExecutor(args.jobs) as pool:
         done = pool.map(start, commands.values(), [args.jobs] * len(commands))
         list(tqdm(done, "runs", len(commands), unit="run"))
-    runs = [run_of(*labelled) for labelled in folders]
     path = Path(args.out) / f"{args.table or 'compare'}.json"
-    write_table(path, against, runs)
+    write_table(path, against, [run_of(*labelled) for labelled in folders])
     return path
 
 
@@ -345,9 +344,7 @@ def write_table(path, against, runs):
         short = json.loads(exact, parse_float=lambda number: round(float(number), 5))
         lines.append(json.dumps(short, ensure_ascii=False))
     text = ",\n".join(lines)
-    with model.atomic(path) as temporary:
-        text = f'{{"against": {json.dumps(against)}, "runs": [\n{text}\n]}}\n'
-        temporary.write_text(text, encoding="utf-8")
+    write_text(path, f'{{"against": {json.dumps(against)}, "runs": [\n{text}\n]}}\n')
 
 
 def read_tables(paths):
@@ -493,8 +490,10 @@ def markdown(table):
 
 GREY = "#7d8590"  # this and the colours below can be read on white and on black
 COLOURS = ("#2f81f7", "#d97706", "#2da44e", "#d946ef", "#e5484d", "#0d9488", "#8b6cff")
-TOP, BOTTOM, LEFT = 30, 240, 44  # of a panel's axes, in pixels; a letter is LETTER wide
-LETTER = 6.7
+LEFT = 44  # of a panel's axes, in pixels, as are the next three
+TOP = 30
+BOTTOM = 240
+LETTER = 6.7  # mean width
 
 
 def picture(rows, over):
@@ -610,7 +609,7 @@ def free_place(x, y, sides, width, taken):
         left = x + 11 if side == 1 else x - 11 - width
         top = y + shift - 7
         box = (left, top, left + width, top + 14)
-        if all(box[0] > r or box[2] < l or box[1] > b or box[3] < t for l, t, r, b in taken):
+        if all(box[0] > c or box[2] < a or box[1] > d or box[3] < b for a, b, c, d in taken):
             taken.append(box)
             return side, y + shift
     return 1, y
@@ -650,7 +649,8 @@ def page(args):
     """Return a run as a page of HTML that needs nothing else: its figures, its curve, a close look."""
     seen = look(args)
     run = run_of("", Path(args.run))
-    title = html.escape(f"{run['purifier']}, seed {run['seed']}, {run['steps']} steps")
+    name = NAMES.get(run["purifier"], run["purifier"])
+    title = html.escape(f"{name}, seed {run['seed']}, {run['steps']} steps")
     body = f"<title>{title}</title>\n<h1>{title}</h1>\n"
     body += "<p>Shares of test questions in %, tokens in thousands (k), seconds (s).</p>\n"
     row = summary("", [run])
