@@ -20,7 +20,6 @@ import re
 from collections import Counter, defaultdict
 from dataclasses import dataclass
 from itertools import cycle
-from operator import attrgetter
 from pathlib import Path
 from statistics import fmean
 from types import SimpleNamespace
@@ -76,7 +75,9 @@ def explain_prompt(q, prefix="explain"):
 
 def explain_prefixes(n_teachers):
     """Return the prefix of each teacher's rationales, as TinyLLM publishes it. Of 0: one for all."""
-    return list(map("explain {}".format, range(1, n_teachers + 1))) or ["explain"]
+    if n_teachers == 0:
+        return ["explain"]
+    return [f"explain {m}" for m in range(1, n_teachers + 1)]
 
 
 def score_prompt(q, examples=(), rationale=""):
@@ -386,9 +387,10 @@ def choice_logps(lm, tokenizer, prompts, choices, batch_size=64):
     token_cache = cached(tokenizer, NO_LIMIT)
     prompt_ids = token_cache.prompts(prompts)
     tails = []  # N lists, the ids of each choice
+    lengths = []  # N lists, how many ids that are
     for prompt, own in zip(prompts, choices):
         tails.append(token_cache.pairs(lm, [prompt] * len(own), own, end=False)[1])
-    lengths = [list(map(len, own)) for own in tails]
+        lengths.append(list(map(len, tails[-1])))
     sums = [None] * len(prompts)
     for rows in progress(model.by_length(prompt_ids, batch_size), "score"):
         ids, mask = model.pad([prompt_ids[row] for row in rows])  # (B, S)
@@ -505,8 +507,8 @@ class Teachers:
 
     def __init__(self, teachers):
         self.teachers = teachers
-        self.names = list(map(attrgetter("name"), teachers))
-        self.are_large = sum(map(attrgetter("size"), teachers)) >= 2**30  # bytes
+        self.names = [teacher.name for teacher in teachers]
+        self.are_large = sum(teacher.size for teacher in teachers) >= 2**30  # bytes
 
     def __len__(self):
         return len(self.teachers)
@@ -543,7 +545,10 @@ class Teachers:
         """Tokens that this run needed, {"score_read": n, "rationale_read": n, "rationale_wrote":
         n}; cached ones count too.
         """
-        return sum(map(attrgetter("ledger"), self.teachers), Counter())
+        ledger = Counter()
+        for teacher in self.teachers:
+            ledger += teacher.ledger
+        return ledger
 
 
 @dataclass(frozen=True)
@@ -688,8 +693,10 @@ class CheckpointTeacher:
         if keys and self.ranks.count > 1:
             self.ranks.wait()
             self.said = read_cache(self.file)
-        records = [self.said[key] for key in keys]
-        for key, record in zip(keys, records):
+        records = []
+        for key in keys:
+            record = self.said[key]
+            records.append(record)
             if count and key not in self.counted:
                 self.counted.add(key)
                 self.ledger[f"{kind}_read"] += record["read"]
