@@ -2,19 +2,32 @@
 
     python eval.py out/router-0               # the figures that the run printed
     python eval.py out/router-0 --show 5      # what teachers wrote, what was chosen, what it says
+    python eval.py out/router-0 --html a.html # the same as a page, with the run's table and curve
+    python eval.py out/none-0 --meter         # how far its rationales pull the student apart
     python eval.py CHECKPOINT --data DIR      # any checkpoint folder, any data set
-    python eval.py --compare "--purifier router" "--purifier none --alpha 1"    # your own ablation
+    python eval.py --compare "--purifier router" "TinyLLM: --purifier none"     # your own ablation
     python eval.py --table                    # every purifier and control
-    python eval.py --conflict                 # TinyLLM and the router with 1, 2, 3, 4 teachers
+    python eval.py --conflict                 # the router and TinyLLM with 1, 2, 3, 4 teachers
     python eval.py --ood                      # purifiers used on tasks that they never saw
     python eval.py --fit-curve                # the router fitted on fewer questions
+    python eval.py --from out/table.json --plot table.svg --over tokens      # told again, and drawn
 
 A table starts train.py as a user would, once for each row and seed, and keeps what is done. It
-writes out/NAME.md and out/NAME.json. Points are paired by seed, with the 95 % interval of their mean.
+writes out/NAME.json, which holds all that it tells and draws, and out/NAME.md. Rows are compared
+seed by seed, with the 95 % interval of the mean difference.
+
+The file reads top to bottom: one student, many runs, a table's file, its words, its
+picture, a run's page.
 """
 
 import argparse
 import sys
+
+OVER = {
+    "steps": "training steps",
+    "teachers": "number of teachers",
+    "tokens": "million tokens read, written and trained on",
+}
 
 
 def parse_args(argv=None):
@@ -24,18 +37,22 @@ def parse_args(argv=None):
     add = parser.add_argument_group("one student").add_argument
     add("run", nargs="?", help="a run's folder (out/RUN) or a checkpoint folder")
     add("--show", type=int, metavar="N", help="look at N training questions closely")
+    add("--html", metavar="FILE", help="write that look as a page (12 questions without --show)")
+    add("--meter", action="store_true", help="how far its rationales pull the student apart")
     add("--per-token", action="store_true", help="compare choices by log-probability per token")
     add("--device", help="cpu or cuda (default: cuda if there is one)")
 
     add = parser.add_argument_group("many runs: which").add_argument
-    add("--compare", nargs="+", metavar="ARGUMENTS", help="rows: train.py's arguments, in quotes")
+    add("--compare", nargs="+", metavar="ROW", help='rows: "ARGUMENTS of train.py" or "LABEL: ARGUMENTS"')
     for name in ("table", "conflict", "ood", "fit-curve"):
         add(f"--{name}", dest="table", action="store_const", const=name, help="see above")
+    add("--from", dest="stored", nargs="+", metavar="FILE", help="no runs: tell these out/NAME.json, pooled")
     add("--seeds", type=int, default=3, help="runs of each row (default: 3)")
     add("--jobs", type=int, default=1, help="runs at a time; they share the cores (default: 1)")
     add("--out", default="out", help="where runs and tables go (default: out)")
     add("--curve", action="store_true", help="also the measures of valid over the steps")
-    add("--plot", metavar="FILE", help="draw the table too (needs matplotlib)")
+    add("--plot", metavar="FILE.svg", help="draw the table too (needs matplotlib)")
+    add("--over", choices=list(OVER), default="steps", help="the picture's x axis (default: steps)")
 
     add = parser.add_argument_group("many runs: train.py's arguments for all of them").add_argument
     add("--data", help="data set (for one student: default is the run's own)")
@@ -43,24 +60,28 @@ def parse_args(argv=None):
     add("--student")
     add("--world", type=int)
     add("--steps", type=int)
-    add("--quick", action="store_true", help="a rehearsal: one seed, 200 steps")
     return parser.parse_args(argv)
 
 
 if __name__ == "__main__":
     ARGS = parse_args()  # before the slow imports: --help answers at once
 
+import hashlib
+import html
 import importlib.util
+import io
+import json
+import math
 import os
 import random
 import re
 import shlex
-import statistics
 import subprocess
 import textwrap
 from concurrent.futures import ThreadPoolExecutor
-from itertools import combinations
+from itertools import chain, combinations
 from pathlib import Path
+from statistics import fmean, stdev
 
 import torch
 import torch.nn.functional as F
@@ -77,166 +98,254 @@ from purify import PURIFIERS
 # -------------------------------------------------------------------------------------- one student
 
 
-def open_student(args):
-    """Return (settings of the run, None for a bare checkpoint; student; kp.TokenCache)."""
+def open_run(args):
+    """Return what belongs to one student: settings, the data's folder, (student, kp.TokenCache),
+    the prefixes of its explanations.
+    """
     folder = Path(args.run)
-    settings = None
     why = f"{folder}: no such folder; give a run (out/RUN) or a checkpoint folder"
     require(folder.is_dir(), why)
+    n_prefixes = 0
     if (folder / "metrics.jsonl").exists():
         why = f"{folder}: this run is not finished; go on with train.py ... --resume"
         require((folder / "result.json").exists(), why)
         settings = argparse.Namespace(**model.read_json(folder / "config.json"))
-        settings.device = args.device
+        if settings.teacher_prefixes:
+            n_prefixes = len(model.read_json(folder / "result.json")["teachers"])
         folder = folder / "student"
-    return settings, *kp.open_student(folder, args.device)
+    else:  # a bare checkpoint: measured as a run with default arguments would be
+        settings = train.parse_args(["--data", args.data] if args.data else [])
+        train.settle(settings)
+    settings.device = args.device
+    settings.per_token |= args.per_token
+    student = kp.open_student(folder, args.device)
+    data = args.data or settings.data or prepare.prepare(settings.world, settings.well_read)
+    return settings, Path(data), student, kp.explain_prefixes(n_prefixes)
 
 
 def evaluate(args):
     """Return {measure: {task: share, ..., "mean"}} of a student on test and ood/test: train.measure,
     and TinyLLM's accuracy, the share of answers that it generates word by word.
     """
-    settings, student, token_cache = open_student(args)
-    if settings is None:  # a bare checkpoint: measured as a run with default arguments would be
-        settings = train.parse_args([])
-        settings.data = args.data
-        train.settle(settings)
-    folder = args.data or settings.data
-    data = read_data(folder or prepare.prepare(settings.world, settings.well_read))
-    settings.per_token |= args.per_token
-    n_prefixes = 0
-    if settings.teacher_prefixes:
-        n_prefixes = len(model.read_json(Path(args.run) / "result.json")["teachers"])
-    prefixes = kp.explain_prefixes(n_prefixes)
+    settings, folder, student, prefixes = open_run(args)
+    data = read_data(folder)
     shares = {}
     for split, label in (("test", ""), ("ood/test", "out of domain: ")):
         questions = data.get(split, [])
         if questions:
-            found = train.measure(settings, student, token_cache, questions, prefixes)
+            found = train.measure(settings, *student, questions, prefixes)
             for name, share in found.items():
                 shares[label + name.replace("_", " ")] = share
-            shares[label + "exact match"] = kp.exact_match(student, token_cache, questions)
+            shares[label + "exact match"] = kp.exact_match(*student, questions)
     return shares
 
 
 def look(args):
-    """Print for some training questions what each teacher wrote, what the student was given, and
-    what it says now.
+    """Return a close look at N training questions of a run: [(Question, what was said of it)].
+
+    What was said: tuples of who said it, the text, what it is worth (`rate`), and whether the
+    student learnt it.
     """
-    settings, student, token_cache = open_student(args)
-    require(settings, f"{args.run}: --show needs a run's folder (out/RUN), not a bare checkpoint")
     require(args.data is None, "--show takes the questions of the run itself; leave --data out")
-    data, teachers, *_ = train.open_parts(settings, train.Ranks(args.device))
-    questions = {q.id: q for q in train.training_questions(settings, data)[0]}
-    rows = [row for _, row in model.read_rows(Path(args.run) / "purified.jsonl")]
-    for row in random.Random(settings.seed).sample(rows, min(args.show, len(rows))):
-        q = questions[row["id"]]
-        print("-" * 100)
-        print_line(q.task, kp.ask(q), bold=True)
-        print_line("right answer", q.right)
-        for m, name in enumerate(teachers.names):
-            chance = f" P={row['probabilities'][m]:.2f}" if row["probabilities"] else ""
-            print_rationale(name + chance, teachers.rationales([q], [m])[0], q)
+    purified = Path(args.run) / "purified.jsonl"
+    why = f"{args.run}: --show and --html need a finished run (out/RUN)"
+    require(purified.exists(), why)
+    settings, folder, student, prefixes = open_run(args)
+    data = read_data(folder)
+    teachers = train.open_teachers(settings, folder, data, None, train.Ranks(args.device))
+    by_id = {q.id: q for q in train.training_questions(settings, data)[0]}
+    rows = [row for _, row in model.read_rows(purified)]
+    rows = random.Random(settings.seed).sample(rows, min(args.show, len(rows)))
+    questions = [by_id[row["id"]] for row in rows]
+    written = teachers.all_rationales(questions)
+    guesses = kp.guesses(*student, questions, settings.per_token)
+    seen = []
+    for q, row, texts, guess in zip(questions, rows, written, guesses):
+        said = []
+        for m, (name, text) in enumerate(zip(teachers.names, texts)):
+            if row["probabilities"]:
+                name += f" P={row['probabilities'][m]:.2f}"
+            said.append((name, text, rate(text, q), text in row["rationales"]))
         for text in row["rationales"]:
-            print_rationale("=> student learnt", text, q)
-        (guess,) = kp.guesses(student, token_cache, [q], settings.per_token)
-        print_line("student answers", q.choices[guess], guess == q.answer)
-        (text,) = kp.explanations(student, token_cache, [q], settings.max_new_tokens)
-        print_rationale("student explains", text, q)
+            if text not in texts:
+                said.append(("purifier", text, rate(text, q), True))
+        worth = "right answer" if guess == q.answer else "wrong answer"
+        said.append(("student answers", q.choices[guess], worth, False))
+        for prefix in prefixes:
+            (text,) = kp.explanations(*student, [q], settings.max_new_tokens, prefix)
+            who = prefix.replace("explain", "student explains")
+            said.append((who, text, rate(text, q), False))
+        seen.append((q, said))
+    return seen
+
+
+def rate(text, q):
+    """Return what a rationale is worth, in words. Only the micro world knows which are true."""
+    if text == q.truth:
+        return "true"
+    if kp.is_right(text, q):
+        return "right answer, untrue" if q.truth else "right answer"
+    return "wrong answer"
+
+
+def show(seen):
+    """Print a close look."""
+    for q, said in seen:
+        print("-" * 100)
+        print_line(q.task, kp.ask(q))
+        print_line("right answer", q.right)
+        for who, text, worth, learnt in said:
+            print_line("=> " * learnt + who, f"{text} [{worth}]", worth)
     print("-" * 100)
-    print("+ concludes on the right answer   - on another or none   => what the purifier gave")
+    print("=> the student learnt it   [true] word for word the true rationale, where that is known")
 
 
-def print_rationale(label, text, q):
-    print_line(label, text, kp.is_right(text, q))
-
-
-def print_line(label, text, right=None, bold=False):
-    """Print a label and a text of any length; right marks it + or -, in colour on a terminal."""
-    mark = {None: " ", True: "+", False: "-"}[right]
-    code = {None: "1" if bold else "0", True: "32", False: "31"}[right]
+def print_line(label, text, worth="right answer"):
+    """Print a label and a text of any length, in colour on a terminal."""
     text = "".join(c if c.isprintable() else " " for c in text)  # a file must not steer a terminal
-    label = f"{mark} {label[:22]:<22} "
+    label = f"{label[:24]:<24} "
     text = textwrap.fill(text, 100, initial_indent=label, subsequent_indent=" " * len(label))
+    code = {"true": "32", "wrong answer": "31"}.get(worth, "0")
     in_colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
     print(f"\033[{code}m{text}\033[0m" if in_colour else text)
 
 
+def conflict_meter(run, device, n_pairs=64):
+    """Return how far a run's rationales pull its student apart, as rows of a table: the mean cosine
+    of the gradients that two of them give L_DL.
+
+    "same question": two teachers' rationales of one question, where more than one is given. "same
+    answer": two questions with the same right answer, a rationale of each. 1: they teach the
+    same; 0: unrelated; below 0: opposed. Measured on n_pairs pairs, with the student's first
+    weights and with its last.
+    """
+    why = f"{run}: --meter needs a finished run (out/RUN)"
+    require((run / "result.json").exists(), why)
+    settings = argparse.Namespace(**model.read_json(run / "config.json"))
+    settings.device = device
+    rng = random.Random(0)
+    data, _, student, token_cache, _ = train.open_parts(settings, train.Ranks(device))
+    given = {row["id"]: row["rationales"] for _, row in model.read_rows(run / "purified.jsonl")}
+    by_answer = {}
+    for q in train.training_questions(settings, data)[0]:
+        if given.get(q.id):
+            by_answer.setdefault((q.task, q.right), []).append(q)
+    groups = [group for group in by_answer.values() if len(group) > 1]
+    pairs = [rng.sample(rng.choice(groups), 2) for _ in range(n_pairs)]
+    trained, _ = model.load(run / "student", device)
+    table = []
+    for when, lm in (("before training", student), ("after training", trained)):
+        same_question = []
+        same_answer = []
+        for q, other in pairs:
+            for text, another in combinations(given[q.id], 2):
+                same_question.append(gradient_cosine(lm, token_cache, (q, text), (q, another)))
+            first = rng.choice(given[q.id])
+            second = rng.choice(given[other.id])
+            same_answer.append(gradient_cosine(lm, token_cache, (q, first), (other, second)))
+        row = {"cosine of gradients": when}
+        if same_question:
+            row["same question"] = f"{fmean(same_question):.3f}"
+        row["same answer"] = f"{fmean(same_answer):.3f}"
+        table.append(row)
+    return table
+
+
+def gradient_cosine(student, token_cache, *examples):
+    """Return the cosine of the gradients of L_DL of two examples (question, rationale)."""
+    gradients = []
+    for q, text in examples:
+        student.zero_grad()
+        ids = token_cache.pairs(student, [kp.explain_prompt(q)], [text])
+        kp.sequence_losses(student, *ids).sum().backward()
+        parts = [p.grad.flatten() for p in student.parameters() if p.grad is not None]
+        gradients.append(torch.cat(parts))
+    return F.cosine_similarity(*gradients, dim=0).item()
+
+
 # ---------------------------------------------------------------------------------------- many runs
+
+NAMES = {"none": "TinyLLM", "answers": "answers only"}  # of purifiers; the others are called as --purifier
 
 
 def rows_of(args):
     """Return (a table's rows, {label: train.py's arguments}; the labels with which the other rows
     are compared).
     """
+    rows = {}
     if args.compare:
-        return {text: text for text in args.compare}, args.compare[:1]
-    purifiers = [name for name in PURIFIERS if name != "single"]
+        for text in args.compare:
+            label, _, arguments = text.rpartition(": ")
+            require(label not in rows, f"--compare: two rows are called {label!r}")
+            rows[label or text] = arguments
+        return rows, list(rows)[:1]
     teachers = args.teachers or list(prepare.TEACHERS)
     if args.data and not args.teachers:
         teachers = list(map(str, sorted(Path(args.data).glob("rationales/*.jsonl"))))
-    rows = {}
-    if args.table == "table":  # the paper's main table: every purifier and control
-        for name in purifiers:
-            rows[name] = f"--purifier {name}"
-        singles = {f"single {m}": f"--purifier single --teacher {m}" for m in range(len(teachers))}
-        return {**rows, **singles}, ["none", "random", "answers", *singles]
-    if args.table == "ood":  # fitted in domain, used on tasks that they never saw
-        for name in purifiers:
-            rows[f"{name} ood"] = f"--purifier {name} --ood"
+    if args.table in ("table", "ood"):  # the paper's main table; on tasks that they never saw
+        ood = " --ood" if args.table == "ood" else ""
+        for name in PURIFIERS:
+            if name != "single":
+                rows[NAMES.get(name, name)] = f"--purifier {name}{ood}"
+    if args.table == "table":
+        for m in range(len(teachers)):
+            rows[f"single {m}"] = f"--purifier single --teacher {m}"
+        return rows, ["TinyLLM", "random", "answers only", *list(rows)[-len(teachers) :]]
     if args.table == "fit-curve":  # what a router needs beforehand
         for n in (250, 1000):
             rows[f"router fit {n}"] = f"--purifier router --fit-questions {n}"
         rows["router"] = "--purifier router"
     if args.table == "conflict":  # the paper's first figure: more and more teachers
-        for n in range(1, len(teachers) + 1):
-            first = shlex.join(teachers[:n])
-            rows[f"none {n}"] = f"--purifier none --teachers {first}"
-            if n > 1:  # of one teacher there is nothing to choose
-                rows[f"router {n}"] = f"--purifier router --teachers {first}"
+        for name, least in (("router", 2), ("none", 1)):  # of one there is nothing to choose
+            for n in range(least, len(teachers) + 1):
+                first = shlex.join(teachers[:n])
+                rows[f"{NAMES.get(name, name)} {n}"] = f"--purifier {name} --teachers {first}"
     return rows, []
 
 
-def folder_of(args, label, seed):
-    """Return the folder of the run of this row and seed."""
-    kind = "quick" if args.quick else "runs"
-    return Path(args.out) / kind / f"{as_file_name(label)}-{seed}"
+def folder_of(args, arguments, seed):
+    """Return the folder of the run with these arguments and this seed."""
+    name = re.sub(r"[^\w.]+", "-", arguments).strip("-")
+    if len(name) > 200:  # file systems take 255
+        name = name[:190] + hashlib.sha256(arguments.encode()).hexdigest()[:8]
+    return Path(args.out) / "runs" / f"{name}-{seed}"
 
 
-def run_all(args, rows):
-    """Train what is missing. Return {label: [the result of each seed]}."""
+def train_all(args):
+    """Train what is missing of a table. Write the table's file and return its path."""
+    rows, against = rows_of(args)
     common = []
-    for name in ("data", "student", "world", "steps"):
-        if getattr(args, name) is not None:
-            common += [f"--{name}", str(getattr(args, name))]
-    if args.teachers:
-        common += ["--teachers", *args.teachers]
-    folders = {}
-    commands = []
+    for name in ("data", "teachers", "student", "world", "steps"):
+        value = getattr(args, name)
+        if value is not None:
+            common += [f"--{name}", *map(str, model.as_list(value))]
+    folders = []
+    commands = {}
+    worlds = set()
     for label, arguments in rows.items():
-        folders[label] = [folder_of(args, label, seed) for seed in range(args.seeds)]
-        for seed, folder in enumerate(folders[label]):
+        for seed in range(args.seeds):
+            folder = folder_of(args, arguments, seed)
+            folders.append((label, folder))
             command = [*common, *shlex.split(arguments), "--seed", str(seed), "--out", str(folder)]
-            same = is_run_of(folder, command)
+            asked = train.parse_args(command)
+            train.settle(asked)
+            same = is_run_of(folder, asked)
             if not (same and (folder / "result.json").exists()):
-                commands.append([*command, "--resume" if same else "--overwrite"])
-    if not args.data:
-        for arguments in rows.values():  # once, not in every run
-            how = train.parse_args([*common, *shlex.split(arguments)])
-            prepare.prepare(how.world, how.well_read)
+                commands[folder] = [*command, "--resume" if same else "--overwrite"]
+            if not asked.data:
+                worlds.add((asked.world, asked.well_read))
+    for world in worlds:
+        prepare.prepare(*world)  # once, not in every run
     with ThreadPoolExecutor(args.jobs) as pool:
-        done = pool.map(start, commands, [args.jobs] * len(commands))
+        done = pool.map(start, commands.values(), [args.jobs] * len(commands))
         list(tqdm(done, "runs", len(commands), unit="run"))
-    results = {}
-    for label, each in folders.items():
-        results[label] = [model.read_json(folder / "result.json") for folder in each]
-    return results
+    path = Path(args.out) / f"{args.table or 'compare'}.json"
+    write_table(path, against, [run_of(*labelled) for labelled in folders])
+    return path
 
 
-def is_run_of(folder, command):
+def is_run_of(folder, asked):
     """Tell whether this folder holds a run with just these arguments."""
-    asked = train.parse_args(command)
-    train.settle(asked)
     config = folder / "config.json"
     before = model.read_json(config) if config.exists() else {}
     settings = {name: before.get(name, value) for name, value in vars(asked).items()}
@@ -257,16 +366,78 @@ def start(command, jobs):
         raise BadInput(f"train.py {shlex.join(command)} failed: {last}")
 
 
-def deviation(values):
-    """Return the standard deviation over seeds; 0 for one."""
-    return statistics.stdev(values) if len(values) > 1 else 0.0
+# ----------------------------------------------------------------------------------- a table's file
+
+KEPT = """purifier seed steps teachers accuracy ood explains_right explains_true purified_true
+teacher_tokens ledger student_tokens seconds""".split()  # of a run's result.json
+
+
+def run_of(label, folder):
+    """Return what a table needs to know of a finished run, a dict. Its curve: the measures' means
+    on valid, [{"step": steps done, measure: mean, ...}].
+    """
+    result = model.read_json(folder / "result.json")
+    run = {"label": label}
+    for name in KEPT:
+        run[name] = result.get(name)
+    run["curve"] = []
+    for _, line in model.read_rows(folder / "metrics.jsonl"):
+        if "valid" in line:
+            point = {"step": min(line["step"] + 1, result["steps"])}
+            for measure, share in line["valid"].items():
+                point[measure] = share["mean"]
+            run["curve"].append(point)
+    return run
+
+
+def write_table(path, against, runs):
+    """Write a table's file: one run a line, numbers with 5 decimals."""
+    lines = []
+    for run in runs:
+        exact = json.dumps(run)
+        short = json.loads(exact, parse_float=lambda number: round(float(number), 5))
+        lines.append(json.dumps(short, ensure_ascii=False))
+    text = ",\n".join(lines)
+    write_text(path, f'{{"against": {json.dumps(against)}, "runs": [\n{text}\n]}}\n')
+
+
+def read_tables(paths):
+    """Return what these files hold together: rows, {label: [run, ...]}; the labels to compare with
+    (the first file's).
+
+    Run i of any two rows has the same file and seed. A row that lacks some is left out, with a note.
+    """
+    rows = {}
+    pairs = {}
+    for path in paths:
+        for run in model.read_json(path)["runs"]:
+            rows.setdefault(run["label"], []).append(run)
+            pairs.setdefault(run["label"], []).append((path, run["seed"]))
+    complete = max(pairs.values(), key=len)
+    require(len(set(complete)) == len(complete), f"{paths[0]}: a run or a file is there twice")
+    for label in pairs:
+        if pairs[label] != complete:
+            model.say_once(f"note: {label!r} is left out: other rows have other files or seeds")
+            del rows[label]
+    against = model.read_json(paths[0])["against"]
+    return rows, [label for label in against if label in rows]
+
+
+# ---------------------------------------------------------------------------------- a table's words
+
+MEASURES = {  # in result.json, and what a table calls them
+    "accuracy": "accuracy",
+    "ood": "out of domain",
+    "explains_right": "explains rightly",
+    "explains_true": "explains truly",
+}
 
 
 def spread(values):
     """Return shares as "mean ± standard deviation", in %."""
     shares = [100 * value for value in values]
-    text = f"{statistics.mean(shares):.1f}"
-    return f"{text} ± {deviation(shares):.1f}" if len(shares) > 1 else text
+    text = f"{fmean(shares):.1f}" if shares else ""
+    return f"{text} ± {stdev(shares):.1f}" if len(shares) > 1 else text
 
 
 def t95(n):
@@ -279,208 +450,277 @@ def t95(n):
     return z + (z**3 + z) / (4 * f) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * f**2)
 
 
-MEASURES = {  # in result.json, and what a table calls them
-    "accuracy": "accuracy",
-    "ood": "out of domain",
-    "explains_right": "explains rightly",
-    "explains_true": "explains truly",
-}
+def interval(values):
+    """Return half the width of the 95 % interval of the mean; 0 of one value."""
+    n = len(values)
+    return t95(n) * stdev(values) / n**0.5 if n > 1 else 0.0
 
 
 def difference(a, b, measure="accuracy"):
-    """Return by how many points of a measure's mean runs a lie above runs b, seed by seed, with the
+    """Return by how many points of a measure's mean runs a lie above runs b, pair by pair, with the
     mean's 95 % interval.
     """
-    gaps = [100 * (x[measure]["mean"] - y[measure]["mean"]) for x, y in zip(a, b)]
-    text = f"{statistics.mean(gaps):+.1f}"
-    if len(gaps) == 1:
-        return text
-    return f"{text} ± {t95(len(gaps)) * deviation(gaps) / len(gaps) ** 0.5:.1f}"
+    gaps = [100 * (x[measure]["mean"] - y[measure]["mean"]) for x, y in zip(a, b, strict=True)]
+    text = f"{fmean(gaps):+.1f}"
+    return f"{text} ± {interval(gaps):.1f}" if len(gaps) > 1 else text
 
 
-def costs(run):
-    """Return tokens in thousands (teachers wrote, all read, student trained on) and training seconds."""
-    wrote = 0
+def tokens(run):
+    """Return the tokens of a run in thousands, {who did what: n}."""
     read = 0
+    wrote = 0
     for kind, n in run["ledger"].items():
-        wrote += n * kind.endswith("wrote")
         read += n * kind.endswith("read")
-    return wrote / 1000, read / 1000, run["student_tokens"] / 1000, run["seconds"]["train"]
+        wrote += n * kind.endswith("wrote")
+    student = run["student_tokens"]
+    return {"teachers wrote k": wrote / 1000, "all read k": read / 1000, "student k": student / 1000}
 
 
-def publish(args, name, header, lines, content):
-    """Print a Markdown table; write it to out/NAME.md, and all that it was made from to
-    out/NAME.json.
-    """
-    text = ""
-    for line in [header, ["---"] * len(header), *lines]:
-        text += "| " + " | ".join(line) + " |\n"
-    with model.atomic(Path(args.out) / f"{name}.md") as temporary:
-        temporary.write_text(text, encoding="utf-8")
-    model.write_json(Path(args.out) / f"{name}.json", content)
-    print("\n" + text)
+def summary(label, runs):
+    """Return a row of a table, {column: text}: shares in %, tokens in thousands, seconds."""
+    row = {"": label}
+    for task in runs[0]["accuracy"]:
+        row[task] = spread([run["accuracy"][task] for run in runs])
+    for measure in list(MEASURES)[1:]:
+        if runs[0][measure]:
+            row[MEASURES[measure]] = spread([run[measure]["mean"] for run in runs])
+    row["given true"] = spread([run["purified_true"] for run in runs if run["purified_true"] is not None])
+    for column in tokens(runs[0]):
+        row[column] = f"{fmean(tokens(run)[column] for run in runs):,.0f}"
+    row["train s"] = f"{fmean(run['seconds']['train'] for run in runs):,.0f}"
+    return row
 
 
-def measured(runs):
-    """Return the measures that there are in these runs: {name in result.json: name in a table}."""
-    return {name: label for name, label in MEASURES.items() if runs[0].get(name)}
+def differences(rows, other):
+    """Yield the rows of the table of differences to another row."""
+    for label, runs in rows.items():
+        row = {f"points above {other}": label}
+        for measure, title in MEASURES.items():
+            if runs[0][measure]:
+                row[title] = difference(runs, rows[other], measure)
+        if label != other:
+            yield row
 
 
-def compare(args):
-    """Run a table's rows and publish them: shares in %, tokens in thousands, seconds of training;
-    then differences, and the curves.
-    """
-    name = "compare" if args.compare else args.table
-    rows, against = rows_of(args)
-    results = run_all(args, rows)
-    first = next(iter(results.values()))
-    measures = measured(first)
-    header = ["", *first[0]["accuracy"], *list(measures.values())[1:], "given true"]
-    header += ["teachers wrote k", "all read k", "student k", "train s"]
-    lines = []
-    for label, runs in results.items():
-        cells = [label]
-        for task in first[0]["accuracy"]:
-            cells.append(spread([run["accuracy"][task] for run in runs]))
-        for measure in list(measures)[1:]:
-            cells.append(spread([run[measure]["mean"] for run in runs]))
-        true = [run["purified_true"] for run in runs if run["purified_true"] is not None]
-        cells.append(spread(true) if true else "")
-        for column in zip(*map(costs, runs)):
-            cells.append(f"{statistics.mean(column):,.0f}")
-        lines.append(cells)
-    publish(args, name, header, lines, results)
-    for other in against:
-        lines = []
-        for label, runs in results.items():
-            gaps = [difference(runs, results[other], measure) for measure in measures]
-            lines.append([label, *(gaps if label != other else [""] * len(gaps))])
-        header = [f"points above {other}", *measures.values()]
-        publish(args, f"{name}-above-{as_file_name(other)}", header, lines, lines)
-    if args.curve:
-        curve(args, name, rows)
-    if name == "conflict":
-        lines = []
-        for label in list(results)[-2:]:  # TinyLLM and the router, with all teachers
-            for when, *cosines in conflict_meter(folder_of(args, label, 0)):
-                lines.append([f"{label}: {when}", *cosines])
-        header = ["rationales, student", "same question", "same answer"]
-        publish(args, "conflict-meter", header, lines, lines)
-    if args.plot:
-        plot(args, results, by_teachers=name == "conflict")
+def curve(runs, measure):
+    """Return a measure of valid over the steps, {step: [% of each run]}."""
+    points = {}
+    for run in runs:
+        for point in run["curve"]:
+            if measure in point:
+                points.setdefault(point["step"], []).append(100 * point[measure])
+    return points
 
 
-def as_file_name(label):
-    """Return a label as a file name can have it."""
-    return re.sub(r"[^\w.]+", "-", label).strip("-")
+def curves(rows, measure):
+    """Return the table of a measure's curves, a row a step."""
+    table = {}
+    for label, runs in rows.items():
+        for step, shares in curve(runs, measure).items():
+            row = table.setdefault(step, {f"valid, {MEASURES[measure]}, after step": str(step)})
+            row[label] = f"{fmean(shares):.1f}"
+    return [table[step] for step in sorted(table)]
 
 
-def curve(args, name, rows):
-    """Publish how the measures of valid rise over the steps: the mean of all seeds, in %."""
-    lines = []
-    for label in rows:
-        points = {}  # {step: [the measures of each seed]}
-        for seed in range(args.seeds):
-            for _, line in model.read_rows(folder_of(args, label, seed) / "metrics.jsonl"):
-                if "valid" in line:
-                    points.setdefault(line["step"], []).append(line["valid"])
-        for step, seeds in points.items():
-            cells = [label, str(step)]
-            for measure in measured(seeds):
-                share = statistics.mean(valid[measure]["mean"] for valid in seeds)
-                cells.append(f"{100 * share:.1f}")
-            lines.append(cells)
-    header = ["", "after step", *measured(seeds).values()]
-    publish(args, f"{name}-curve", header, lines, lines)
+def report(rows, against, with_curves):
+    """Return all that there is to tell of a table, in Markdown."""
+    tables = [[summary(label, runs) for label, runs in rows.items()]]
+    tables += [list(differences(rows, other)) for other in against]
+    if with_curves:
+        tables += [curves(rows, measure) for measure in MEASURES]
+    return "\n".join(markdown(table) for table in tables if table)
 
 
-def conflict_meter(run, n_pairs=64):
-    """Yield how far a run's rationales pull its student apart: the mean cosine of the gradients
-    that two of them give L_DL.
-
-    "same question": two teachers' rationales of one question, where more than one is given. "same
-    answer": two questions with the same right answer, a rationale of each. 1: they teach the
-    same; 0: unrelated; below 0: opposed. Measured on n_pairs pairs, with the student's first
-    weights and with its last. A row: label and two cosines, as texts.
-    """
-    settings = argparse.Namespace(**model.read_json(run / "config.json"))
-    rng = random.Random(0)
-    data, _, student, token_cache, _ = train.open_parts(settings, train.Ranks(settings.device))
-    given = {row["id"]: row["rationales"] for _, row in model.read_rows(run / "purified.jsonl")}
-    by_answer = {}
-    for q in train.training_questions(settings, data)[0]:
-        if given.get(q.id):
-            by_answer.setdefault((q.task, q.right), []).append(q)
-    groups = [group for group in by_answer.values() if len(group) > 1]
-    pairs = [rng.sample(rng.choice(groups), 2) for _ in range(n_pairs)]
-    trained, _ = model.load(run / "student", settings.device)
-    for label, lm in (("before training", student), ("after training", trained)):
-        same_question = []
-        same_answer = []
-        for q, other in pairs:
-            for text, another in combinations(given[q.id], 2):
-                same_question.append(gradient_cosine(lm, token_cache, (q, text), (q, another)))
-            first = rng.choice(given[q.id])
-            second = rng.choice(given[other.id])
-            same_answer.append(gradient_cosine(lm, token_cache, (q, first), (other, second)))
-        own = f"{statistics.mean(same_question):.3f}" if same_question else ""
-        yield label, own, f"{statistics.mean(same_answer):.3f}"
+def markdown(table):
+    """Return rows, {column: text} each, as a Markdown table. A column that a row lacks is empty."""
+    columns = list(dict.fromkeys(chain.from_iterable(table)))
+    lines = [columns, ["---"] * len(columns)]
+    for row in table:
+        lines.append([row.get(column, "") for column in columns])
+    return "".join("| " + " | ".join(line) + " |\n" for line in lines)
 
 
-def gradient_cosine(student, token_cache, *examples):
-    """Return the cosine of the gradients of L_DL of two examples (question, rationale)."""
-    gradients = []
-    for q, text in examples:
-        student.zero_grad()
-        ids = token_cache.pairs(student, [kp.explain_prompt(q)], [text])
-        kp.sequence_losses(student, *ids).sum().backward()
-        parts = [p.grad.flatten() for p in student.parameters() if p.grad is not None]
-        gradients.append(torch.cat(parts))
-    return F.cosine_similarity(*gradients, dim=0).item()
+# --------------------------------------------------------------------------------- a table's picture
+
+GREY = "#7d8590"  # it can be read on white and on black
 
 
-def plot(args, results, by_teachers):
-    """Draw accuracy against the number of teachers, or against tokens. Error bars are standard
-    deviations.
+def picture(rows, over):
+    """Return a table's picture, an SVG: accuracy over steps (and explanations), teachers, tokens."""
+    lines = {}
+    for label, runs in rows.items():
+        shares = [100 * run["accuracy"]["mean"] for run in runs]
+        if over == "teachers":  # "router 2", "router 3", ... are one line
+            line = lines.setdefault(label.rstrip(" 0123456789"), {})
+            line[len(runs[0]["teachers"])] = shares
+        else:
+            lines[label] = {fmean(sum(tokens(run).values()) for run in runs) / 1000: shares}
+    panels = {"accuracy, test questions (%)": lines}
+    if over == "steps":
+        panels = {}
+        for measure in ("accuracy", "explains_true" if runs[0]["explains_true"] else "explains_right"):
+            lines = {label: curve(runs, measure) for label, runs in rows.items()}
+            panels[f"{MEASURES[measure]}, valid questions (%)"] = lines
+    n = len(runs)
+    caption = f" (mean of {n} runs, 95 % interval)" if n > 1 else ""
+    return draw(panels, OVER[over] + caption)
+
+
+def draw(panels, x_title):
+    """Return panels side by side, {title: {label: {x: [y of each run]}}}, as an SVG that can be read
+    on white and on black. Labels stand at the ends of lines.
     """
     import matplotlib
 
-    matplotlib.use("Agg")  # no window
+    matplotlib.use("svg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(figsize=(6, 4))
-    for label, runs in results.items():
-        shares = [100 * run["accuracy"]["mean"] for run in runs]
-        y = statistics.mean(shares)
-        if by_teachers:
-            x = len(runs[0]["teachers"])
-        else:
-            x = statistics.mean(sum(costs(run)[:3]) for run in runs) / 1000
-        axes.errorbar(x, y, deviation(shares), fmt="o", color="black", capsize=3)
-        axes.annotate(label, (x, y), xytext=(6, 3), textcoords="offset points", fontsize=7)
-    axes.set_xlabel("teachers" if by_teachers else "tokens read, written and trained on (millions)")
-    axes.set_ylabel("mean in-domain test accuracy (%)")
-    figure.tight_layout()
-    figure.savefig(args.plot, dpi=150)
-    print(f"drawn in {args.plot}")
+    pyplot.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "", "font.size": 9})
+    pyplot.rcParams.update(dict.fromkeys(("axes.edgecolor", "xtick.color", "ytick.color"), GREY))
+    pyplot.rcParams.update(dict.fromkeys(("text.color", "axes.labelcolor", "axes.titlecolor"), GREY))
+    n = len(panels)
+    figure, grid = pyplot.subplots(1, n, figsize=(5.2 * n, 3.2), squeeze=False, layout="constrained")
+    figure.supxlabel(x_title, fontsize=9)
+    for axes, (title, lines) in zip(grid[0], panels.items()):
+        axes.set_title(title, fontsize=9, loc="left")
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(axis="y", color=GREY, alpha=0.25)
+        ends = []
+        for label, line in lines.items():
+            x = list(line)
+            y = [fmean(shares) for shares in line.values()]
+            half = [interval(shares) for shares in line.values()]
+            drawn = axes.errorbar(x, y, half, marker="o", markersize=3, capsize=2)
+            ends.append((y[-1], x[-1], label, drawn[0].get_color()))
+        least = 0.065 * (axes.get_ylim()[1] - axes.get_ylim()[0])  # between two labels
+        height = -math.inf
+        for y, x, label, colour in sorted(ends):
+            height = max(y, height + least)
+            place = dict(xytext=(1.03, height), textcoords=axes.get_yaxis_transform())
+            pointer = dict(arrowstyle="-", color=colour, alpha=0.4)
+            axes.annotate(label, (x, y), **place, color=colour, va="center", arrowprops=pointer)
+    file = io.StringIO()
+    nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))  # the same picture, the same bytes
+    figure.savefig(file, format="svg", transparent=True, metadata=nothing)
+    pyplot.close(figure)
+    _, tag, rest = file.getvalue().partition("<svg")
+    return tag + rest
+
+
+# ------------------------------------------------------------------------------------ a run's page
+
+HEAD = """<!doctype html>
+<html lang="en">
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<style>
+:root { color-scheme: light dark; --line: #d1d9e0; --right: #1a7f37; --untrue: #9a6700; --wrong: #cf222e }
+body { color: #1f2328; background: #fff; font: 16px/1.5 system-ui, sans-serif }
+body { max-width: 1100px; margin: 0 auto; padding: 1rem; overflow-wrap: anywhere }
+h1 { font-size: 1.4rem } h2 { font-size: 1rem; margin: 2.5rem 0 0 } p { margin: .25rem 0 0 }
+svg { max-width: 100%; height: auto; margin-top: 1rem }
+.cards { display: grid; grid-template-columns: repeat(auto-fill, minmax(10rem, 1fr)); gap: .6rem }
+.cards { margin: .6rem 0 }
+.card { border: 1px solid var(--line); border-radius: 6px; padding: .5rem .7rem }
+.card small { display: block }
+.learnt { outline: 2px solid #2f81f7 }
+.true small, .right small { color: var(--right) }
+.untrue small { color: var(--untrue) }
+.wrong small { color: var(--wrong) }
+@media (prefers-color-scheme: dark) {
+  :root { --line: #3d444d; --right: #3fb950; --untrue: #d29922; --wrong: #ff7b72 }
+  body { color: #e6edf3; background: #0d1117 }
+}
+</style>
+"""
+LEGEND = """Framed in blue: the student learnt it. True: word for word the true rationale, where that is
+known. P: the probability that the purifier gave to this teacher."""
+
+
+def page(args):
+    """Return a run as a page of HTML that needs nothing else: its figures, its curve (where
+    matplotlib draws it), a close look.
+    """
+    seen = look(args)
+    run = run_of("", Path(args.run))
+    name = NAMES.get(run["purifier"], run["purifier"])
+    title = html.escape(f"{name}, seed {run['seed']}, {run['steps']} steps")
+    body = f"<title>{title}</title>\n<h1>{title}</h1>\n"
+    body += "<p>Shares of test questions in %, tokens in thousands (k), seconds (s).</p>\n"
+    row = summary("", [run])
+    body += cards((column, row[column], "", False) for column in row if column)
+    lines = {}
+    for measure in run["curve"][-1]:
+        if measure in MEASURES:
+            lines[MEASURES[measure]] = curve([run], measure)
+    if importlib.util.find_spec("matplotlib"):
+        body += draw({"valid questions (%)": lines}, OVER["steps"])
+    body += f"<p>{LEGEND}</p>\n"
+    for q, said in seen:
+        body += f"<h2>{html.escape(kp.ask(q))}</h2>\n"
+        body += f"<p>{html.escape(q.task)}; right answer: {html.escape(q.right)}</p>\n"
+        body += cards(said)
+    return HEAD + body
+
+
+def cards(boxes):
+    """Return boxes side by side: who, text, what it is worth and whether it was learnt."""
+    body = ""
+    for who, text, worth, learnt in boxes:
+        kinds = worth.replace(",", "") + " learnt" * learnt
+        body += f'<div class="card {kinds}"><b>{html.escape(who)}</b>'
+        body += f"<small>{worth}{', learnt' * learnt}</small><p>{html.escape(text)}</p></div>\n"
+    return f'<div class="cards">\n{body}</div>\n'
+
+
+# ---------------------------------------------------------------------------------------- the start
+
+
+def tell(args):
+    """Print a table, from fresh runs or from files; write what is asked for."""
+    files = args.stored or [train_all(args)]
+    try:
+        rows, against = read_tables(files)
+        text = report(rows, against, args.curve)
+        drawn = picture(rows, args.over) if args.plot else ""
+    except (LookupError, TypeError, AttributeError, ValueError) as error:
+        why = "not written by eval.py, or tables of different data sets"
+        raise BadInput(f"{', '.join(map(str, files))}: {why} ({error!r})") from error
+    print("\n" + text)
+    if not args.stored:
+        write_text(files[0].with_suffix(".md"), text)
+    if args.plot:
+        write_text(args.plot, drawn)
+        print(f"drawn in {args.plot}")
+
+
+def write_text(path, text):
+    with model.atomic(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
 
 
 def main(args):
     for name in ("seeds", "jobs", "show"):
         value = getattr(args, name)
         require(value is None or value > 0, f"--{name} {value}: must be at least 1")
-    has_matplotlib = importlib.util.find_spec("matplotlib")
-    require(not args.plot or has_matplotlib, "--plot needs matplotlib; pip install matplotlib")
+    if args.plot:
+        why = f"--plot {args.plot}: pictures are SVG; give FILE.svg"
+        require(args.plot.endswith(".svg"), why)
+        found = importlib.util.find_spec("matplotlib")
+        require(found, "--plot needs matplotlib; pip install matplotlib")
     args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if args.quick:
-        args.seeds = 1
-        args.steps = 200
-    if args.compare or args.table:
-        compare(args)
+    if args.stored or args.compare or args.table:
+        tell(args)
     else:
         require(args.run, "nothing to do: give a run's folder, --compare or a table; see --help")
-        if args.show:
-            look(args)
+        if args.html:
+            args.show = args.show or 12
+            write_text(args.html, page(args))
+            print(f"written to {args.html}")
+        elif args.show:
+            show(look(args))
+        elif args.meter:
+            print(markdown(conflict_meter(Path(args.run), args.device)))
         else:
             train.print_shares(evaluate(args))
 

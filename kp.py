@@ -101,9 +101,9 @@ def solved(q):
     return f"{score_prompt(q)} {q.right}\n\n"
 
 
-def explained(q, rationale):
+def explained(q, rationale, tell_answer=False):
     """Return an example to stand before a rationale_prompt."""
-    return f"{rationale_prompt(q)} {rationale}\n\n"
+    return f"{rationale_prompt(q, tell_answer=tell_answer)} {rationale}\n\n"
 
 
 def aggregation_prompt(q, rationales):
@@ -127,7 +127,7 @@ Cutting Knowledge Date: December 2023
 Today Date: 26 Jul 2024
 
 <|eot_id|>"""  # the date that its template says where it is told none
-CHAT_FORMATS = {  # what only this family's template holds: what it renders. The first that fits
+CHAT_FORMATS = {  # {a mark that only this family's templates hold: what they render}; the first that fits
     "Cutting Knowledge Date": LLAMA_31_SYSTEM + LLAMA_3,
     "<|start_header_id|>": LLAMA_3,
     "enable_thinking": CHATML + "<think>\n\n</think>\n\n",
@@ -143,10 +143,10 @@ CHATML_SYSTEM = re.compile(r"<\|im_start\|>system(?:\\n|\n)([^'\"{}]+)<\|im_end\
 def chat_format(folder, tokenizer):
     """Return how this checkpoint is addressed, a text with one {} for the prompt.
 
-    It is what the family's chat template renders for one user's message: Llama-3's headers (from
-    3.1 on behind a system block), ChatML of Qwen (without thinking) and SmolLM2, behind the system
+    It is what the family's chat template renders for one user's message: Llama-3's headers (3.1
+    begins with a system block), ChatML of Qwen (without thinking) and SmolLM2 with the system
     message that its template holds, [INST] of Llama-2 and Mistral, TinyLlama's marks. Without a
-    template (T5, base models) it is "{}". The tokenizer itself puts <s> before it.
+    template (T5, base models) it is "{}". tokenizer: not read; it adds <s> itself.
     """
     template = chat_template(folder)
     for mark, rendered in CHAT_FORMATS.items():
@@ -181,7 +181,8 @@ def conclusion(rationale, choices):
     None.
 
     X is the text of a choice, perhaps with an article, or its letter as "(b)" or "b". Words are
-    whole, so "not clear" is no "no". Where several choices fit, the longest one counts.
+    whole, so "not clear" is no "no". Where several choices fit, the longest one counts. It does not
+    understand marks of Markdown, "B. text" or "option (b)".
     """
     _, cue, tail = rationale.lower().rpartition("answer is")
     tail = tail.strip(" :.\"'")
@@ -226,8 +227,9 @@ class TokenCache:
         for text in texts:
             ids = self.ids(self.chat.format(text))
             if len(ids) > self.max_length:
+                # Keep what stands before the question: the chat's start and the task's first word.
                 head = self.ids(self.chat.split("{}")[0] + text.split()[0])
-                same = os.path.commonprefix([ids, head])  # all of it but an end token
+                same = os.path.commonprefix([ids, head])  # head without its end token
                 ids = model.keep_end(ids, self.max_length, len(same))
                 model.say_once(f"prompts over {self.max_length} tokens lose their beginning")
             rows.append(ids)
@@ -241,16 +243,16 @@ class TokenCache:
     def pairs(self, lm, prompts, texts, end=True):
         """Return the ids of prompts and of the texts that this model is to write behind them.
 
-        An encoder-decoder (T5) reads and writes apart. A decoder-only model has a text tokenised
-        together with its prompt, as it would be generated. Behind it comes an end token, where the
-        model is to learn to stop: of several the one that ends a turn of its chat, else the first.
+        An encoder-decoder (T5) reads the prompt and writes the text apart. For a decoder-only model
+        the text is tokenised together with its prompt, as generation would continue it. With `end`
+        an end token follows: the one that ends a turn of its chat, or else the config's first.
         """
         inputs = self.prompts(prompts)
         if lm.config["model_type"] == "t5":
             return inputs, self.targets(texts)
         ends = model.as_list(lm.config["eos_token_id"])
-        ends = [token for token in ends if str(self.tokenizer.id_to_token(token)) in self.chat] or ends
-        ends = ends[:1] if end else []
+        in_chat = [i for i in ends if str(self.tokenizer.id_to_token(i)) in self.chat]
+        ends = (in_chat or ends)[:1] if end else []
         targets = []
         for prompt, text in zip(map(self.chat.format, prompts), texts):
             seam = "" if prompt[-1:].isspace() else " "
@@ -294,8 +296,8 @@ def dual_loss(student, token_cache, questions, rationales, lam, alpha=None, pref
     questions: B of them. rationales: B lists of texts, none, one or M each. With M of them it is
     TinyLLM's L_PR + sum_m alpha_m L_DL(r_m) (2402.04616, eq. 4). alpha: every alpha_m; by default
     lambda / M, so that rationales weigh the same however many there are. An empty rationale
-    weighs nothing. prefixes: of the M rationales of a question, in turn. Each task has a pass of
-    its own: one pass for both would pad answers to the length of rationales.
+    weighs nothing. prefixes: the first one is for a question's first rationale, and so on. The
+    tasks are two passes, because in one the answers would be padded to the length of rationales.
     """
     # L_PR: the answer, given "predict: q"
     prompts = list(map(predict_prompt, questions))
@@ -305,20 +307,21 @@ def dual_loss(student, token_cache, questions, rationales, lam, alpha=None, pref
     # L_DL: each rationale, given "explain: q"
     prompts = []
     texts = []
-    alphas = []
-    for q, own in zip(questions, rationales):
-        for text, prefix in zip(own, cycle(prefixes)):
+    weights = []
+    for q, texts_of_q in zip(questions, rationales):
+        for text, prefix in zip(texts_of_q, cycle(prefixes)):
             prompts.append(explain_prompt(q, prefix))
             texts.append(text)
-            weight = lam / len(own) if alpha is None else alpha
-            alphas.append(weight if text else 0.0)
-    explain, texts = token_cache.pairs(student, prompts, texts)
-    l_dl = sequence_losses(student, explain, texts) if texts else l_pr.new_zeros(0)  # (R,)
+            weight = lam / len(texts_of_q) if alpha is None else alpha
+            weights.append(weight if text else 0.0)
+    explain, targets = token_cache.pairs(student, prompts, texts)
+    l_dl = sequence_losses(student, explain, targets) if targets else l_pr.new_zeros(0)  # (R,)
 
-    total = l_pr.mean() + (l_pr.new_tensor(alphas) * l_dl).sum() / len(questions)
+    # The mean over questions of L_PR + sum_m alpha_m L_DL(r_m)
+    total = l_pr.mean() + (l_pr.new_tensor(weights) * l_dl).sum() / len(questions)
     tokens = 0
     padded = 0
-    for rows in (predict, explain, answers, texts):
+    for rows in (predict, answers, explain, targets):
         lengths = list(map(len, rows))
         tokens += sum(lengths)
         padded += len(rows) * max(lengths, default=0)
@@ -371,7 +374,9 @@ def mean_per_row(logits, labels, keep):
 
 def progress(steps, name):
     """Show a bar over these steps where they take more than a second."""
-    return tqdm(steps, name, delay=1, leave=False, disable=len(steps) == 1)
+    if len(steps) == 1:
+        return steps
+    return tqdm(steps, name, delay=1, leave=False)
 
 
 @torch.no_grad()
@@ -403,9 +408,9 @@ def choice_logps(lm, tokenizer, prompts, choices, batch_size=64):
             # A question with fewer choices reads one again, which does not count.
             tokens, is_token = model.pad([ids[i % len(ids)] for ids in own])  # (B, T)
             tokens = tokens.to(device)
-            logits = first[:, None]
+            logits = first[:, None]  # of each choice's first token: the prompt alone decides
             if tokens.shape[1] > 1:
-                cache.length = n_read
+                cache.length = n_read  # the next choice overwrites the one before
                 logits = torch.cat((logits, lm.step(tokens[:, :-1], cache)), 1)  # (B, T, V)
             logp = -F.cross_entropy(logits.float().mT, tokens, reduction="none")  # (B, T)
             logps.append((logp * is_token.to(device)).sum(1))
@@ -574,8 +579,9 @@ class CheckpointTeacher:
     """A teacher that is a checkpoint folder. What it says is kept, and paid for once.
 
     The cache is an append-only JSONL file in a folder named by the fingerprint of the weights. A
-    line's key hashes the prompt and the settings, so it is never stale. Under torchrun each rank
-    computes its share of what is missing, and reads the others' share from the cache.
+    line's key hashes the prompt and the choices (or the longest length), so a changed question is
+    asked again. The dtype is not in it: a CPU reads what a GPU was paid for. Under torchrun each
+    rank computes its share of what is missing, and reads the others' share from the cache.
     """
 
     def __init__(self, folder, cache, asking=Asking(), examples=(), ranks=ONE_PROCESS):
@@ -635,7 +641,7 @@ class CheckpointTeacher:
         examples = []
         for e, text in zip(tried, self.texts(tried, ())):
             if is_right(text, e):
-                examples.append((e, explained(e, text)))
+                examples.append((e, explained(e, text, self.asking.tell_answer)))
         return self.texts(questions, examples)
 
     def texts(self, questions, examples):
@@ -710,15 +716,17 @@ class CheckpointTeacher:
         keys = list(missing)
         prompts, choices = zip(*missing.values())
         ids = model.encode(self.tokenizer, prompts)
-        compute = self.score if kind == "score" else self.write
         room = self.asking.max_new_tokens  # for a rationale; a choice is shorter
         batches = model.by_length(ids, 128, self.asking.batch_tokens, lambda ids: len(ids) + room)
         self.file.parent.mkdir(parents=True, exist_ok=True)
         # Other runs may write to the same file: the buffer makes one append of each line.
         with open(self.file, "ab", buffering=2**24) as file:
             for rows in progress(batches, f"{self.name}: {kind}"):
-                batch = [(ids[row], prompts[row], choices[row]) for row in rows]
-                for row, answer in zip(rows, compute(*zip(*batch))):
+                if kind == "score":
+                    answers = self.score([prompts[row] for row in rows], [choices[row] for row in rows])
+                else:
+                    answers = self.write([ids[row] for row in rows])
+                for row, answer in zip(rows, answers):
                     read = len(ids[row]) + sum(answer.get("lengths", ()))
                     record = dict(format=FORMAT, key=keys[row], read=read, **answer)
                     line = json.dumps(record, ensure_ascii=False)
@@ -731,13 +739,13 @@ class CheckpointTeacher:
         self.loaded = self.loaded or model.load(self.folder, self.asking.device, self.asking.dtype)
         return self.loaded[0]
 
-    def score(self, ids, prompts, choices):
+    def score(self, prompts, choices):
         """Yield {"logps", "lengths"} for each question of a batch."""
         scored = choice_logps(self.lm(), self.tokenizer, prompts, choices, len(prompts))
         for logps, lengths in zip(*scored):
             yield dict(logps=logps, lengths=lengths)
 
-    def write(self, ids, prompts, choices):
+    def write(self, ids):
         """Yield {"text", "wrote"} for each question of a batch."""
         for text, n in write(self.lm(), self.tokenizer, ids, self.asking.max_new_tokens):
             yield dict(text=text, wrote=n)

@@ -30,8 +30,8 @@ import model
 class Purifier:
     """What the training loop calls: `fit` once, `rationales` before each step, `feedback` after it.
 
-    A purifier that has all rationales before training says only how: it overrides `purify`, or
-    `Choice.choose`.
+    Most purifiers have all rationales before training: they override `purify` alone, or
+    `Choice.choose`. The others (rl) override `fit` and `rationales`.
     """
 
     def __init__(self, args, questions, visits, fit_on, teachers, open_lm):
@@ -53,6 +53,7 @@ class Purifier:
 
     def purify(self, questions):
         """Return the list of rationales to learn, for each of these questions."""
+        raise NotImplementedError
 
     def rationales(self, step):
         """Return the list of rationales to learn, for each question of this step's batch."""
@@ -122,6 +123,7 @@ class Choice(Purifier):
 
     def choose(self, questions):
         """Return P(m | q), (N, M). The likeliest teacher writes, and no other is asked to."""
+        raise NotImplementedError
 
     def purify(self, questions):
         probabilities = self.choose(questions)  # (N, M)
@@ -187,8 +189,8 @@ class TaskTeacher(Choice):
 
 
 class Oracle(Choice):
-    """Control: the best-scoring teacher of each question. It needs the right answers, so it is no
-    method.
+    """Control: the best-scoring teacher of each question. It has no rule for a question whose answer
+    is unknown, so it is no method.
     """
 
     def choose(self, questions):
@@ -196,6 +198,9 @@ class Oracle(Choice):
 
 
 # ----------------------------------------------------------------------- routers choose one teacher
+
+
+PROBE = "Which of these conducts electricity?"
 
 
 class Routing(Choice):
@@ -211,7 +216,7 @@ class Routing(Choice):
             self.fitted_on = self.take_over(Path(self.args.router) / "router.safetensors")
         else:
             fit = self.questions_to_fit_on()
-            scores = self.teachers.scores(fit).contiguous()  # (N, M)
+            scores = self.teachers.scores(fit).contiguous()  # (N, M); safetensors needs it whole
             self.tune(fit, scores)
             self.fitted_on = dict(embeddings=self.embed(fit), scores=scores)
         router = self.router().fit(**self.fitted_on)
@@ -222,7 +227,7 @@ class Routing(Choice):
 
     def kept(self):
         """Return what the router is fitted on: fitting it again takes seconds and gives the same
-        router. The embedding of a known text tells another encoder.
+        router. The embedding of PROBE shows later whether the encoder is still the same.
         """
         return {**self.fitted_on, "probe": self.embed_texts([PROBE])}
 
@@ -243,9 +248,6 @@ class Routing(Choice):
         return dict(embeddings=tensors["embeddings"], scores=tensors["scores"])
 
 
-PROBE = "Which of these conducts electricity?"
-
-
 class SimilarityRouting(Routing):
     """The similarity-based router."""
 
@@ -263,9 +265,9 @@ class PlackettLuceRouting(Routing):
 class ClassifierRouting(Routing):
     """PLM classifier: P(m | q) = softmax_m(MLP(E(q))).
 
-    A first head is fitted on the frozen encoder. Then encoder and head are tuned for STEPS steps on
-    the same targets, so that an untrained head does not spoil what the encoder knows. The last head
-    is fitted on the tuned encoder. The paper's encoder is mDeBERTa.
+    A head is fitted first on the frozen encoder, because an untrained head would spoil what the
+    encoder knows. Then encoder and head are tuned together for STEPS steps, and a new head is
+    fitted on the tuned encoder. The paper's encoder is mDeBERTa.
     """
 
     STEPS = 150
@@ -280,7 +282,8 @@ class ClassifierRouting(Routing):
         encoder.float()  # small updates are lost in bfloat16
         router = self.router().fit(self.embed(questions), scores)
         self.embeddings.clear()  # they are of the encoder before
-        ids = kp.TokenCache(tokenizer).prompts(map(kp.ask, questions))
+        room = encoder.config.get("max_position_embeddings", kp.MAX_LENGTH)
+        ids = kp.TokenCache(tokenizer, room).prompts(map(kp.ask, questions))
         targets = router.target(scores)
         parameters = [*encoder.parameters(), *router.head.parameters()]
         optimizer = torch.optim.AdamW(parameters, self.LR)
@@ -319,19 +322,21 @@ class Aggregation(Purifier):
     MAX_LENGTH = 2048  # tokens of question and rationales
 
     def purify(self, questions):
-        taught = [[]]  # one aggregator, which is taught nothing
+        lessons = [[]]  # one aggregator, which is taught nothing
         if self.args.tune_aggregator:
             fit = self.questions_to_fit_on(default=2000)
-            taught = [fit[0::2], fit[1::2]]
+            lessons = [fit[0::2], fit[1::2]]  # two aggregators, half of the lessons each
         purified = {}
-        for half in taught:
+        for half in lessons:
+            seen = {*half, *purified}  # taught to this one, or written by the first one
+            todo = [q for q in questions if q not in seen]
+            if not todo:  # out of domain: the first one was taught none of them, and wrote all
+                continue
             aggregator, tokenizer = self.open_lm(self.args.aggregator)
             chat = kp.chat_format(aggregator.folder, tokenizer) if aggregator.folder else "{}"
             token_cache = kp.TokenCache(tokenizer, self.MAX_LENGTH, chat)
             if half:
                 self.tune(aggregator, token_cache, half)
-            known = {*half, *purified}
-            todo = [q for q in questions if q not in known]
             purified.update(zip(todo, self.write(aggregator, token_cache, todo)))
         return [[purified[q]] for q in questions]
 
@@ -398,7 +403,7 @@ class Reinforced(Purifier):
 
     Every step also learns again from REPLAYS earlier ones, and draws are made for AHEAD steps at
     once, so that each teacher is asked in one batch. The policy has moved on meanwhile; the
-    importance ratio pi_now / pi_then corrects for that.
+    importance ratio pi_now / pi_then, at most 2, corrects for that.
     """
 
     AHEAD = 10  # steps whose draws are made at once
@@ -523,9 +528,10 @@ class Reinforced(Purifier):
 class ReinforcedAsPublished(Reinforced):
     """RL-based teacher selection with the paper's state, policy and reward.
 
-    State of teacher m: [E(q), E(r_m) 1(teacher m was right)], right: its rationale concludes on the
+    State of teacher m: [E(q), E(r_m) 1(teacher m was right)], which is 1 where r_m concludes on the
     answer. Policy: sigmoid_m(MLP(state)); here one teacher is drawn by the sigmoids, scaled to sum
-    1. Reward: R = -L_PR - L_DL, of the batch. All teachers write all rationales, for the state.
+    1. Reward of a question's draw: R = -L_PR - L_DL, the student's two losses on it. All teachers
+    write all rationales, for the state.
     """
 
     def describe(self, questions):
@@ -760,11 +766,12 @@ class PlackettLuceRouter(Router):
         self.won = torch.where(lowest, (size - 1) / size, 1.0)  # (N, M)
         sets, which = stands.flatten(0, 1).unique(dim=0, return_inverse=True)
         self.sets = sets.float()  # (S, M)
-        none = torch.zeros(len(s), len(sets))
-        self.made = none.scatter_add(1, which.view_as(s), self.won)  # (N, S)
+        zeros = torch.zeros(len(s), len(sets))
+        self.made = zeros.scatter_add(1, which.view_as(s), self.won)  # (N, S)
         self.tau_route = self.tau or self.choose_tau(scores)
 
     def predict(self, q):
+        # A question that was fitted on is its own nearest neighbour: there xi is nearly the oracle.
         parts = F.normalize(q).split(256)
         return torch.cat([self.worths(part @ self.q.T, self.tau_route) for part in parts])
 
@@ -792,7 +799,7 @@ class PlackettLuceRouter(Router):
         generator = torch.Generator().manual_seed(self.seed)
         sample = torch.randperm(len(scores), generator=generator)[: self.sample]
         cos = self.q[sample] @ self.q.T  # (B, N)
-        cos[cos > 1 - 1e-5] = -1e6  # leave out the question itself and its duplicates
+        cos[cos > 1 - 1e-5] = -1e6  # leave one out, with its duplicates
 
         scores = scores[sample]  # (B, M)
 

@@ -7,7 +7,7 @@
 
 The file reads top to bottom: the arguments, `train` (the story), the parts that it is made of, the
 run's folder, torchrun's ranks, the closing table. A run writes out/RUN/: config.json (every
-argument), metrics.jsonl (a line a step, and one an evaluation), purified.jsonl (what the student
+argument), metrics.jsonl (one line for each step and each evaluation), purified.jsonl (what the student
 was given), result.json, and the student as a checkpoint folder, student/.
 """
 
@@ -41,7 +41,7 @@ def at_least(least):
 positive = at_least(1)
 natural = at_least(0)
 weight = at_least(0.0)
-flag = None
+flag = "flag"  # no value: given or not
 
 # {group: [(name, check, default, meaning)]}. Defaults that depend on other arguments: `settle`.
 ARGUMENTS = {
@@ -71,13 +71,13 @@ ARGUMENTS = {
         ("tune-aggregator", natural, None, "steps that teach it (default: 800 in the micro world)"),
         ("teacher", natural, 0, "which teacher --purifier single takes"),
         ("shots", natural, None, "examples in a prompt (default: 0 in the micro world, else 2)"),
-        ("teacher-forcing", flag, False, "tell the teachers the answer, as TinyLLM does"),
+        ("teacher-forcing", flag, False, "tell the teachers the answer, as TinyLLM does; rl can then check nothing"),
         ("max-new-tokens", positive, None, "of a rationale (default: 64 in the micro world, else 256)"),
         ("batch-tokens", positive, 2**14, "that a teacher holds at once: prompts, choices, rationales"),
     ],
     "training": [
         ("lam", weight, None, "weight of the rationale loss (default: 16 in the micro world, else 1)"),
-        ("teacher-prefixes", flag, False, "a prefix for each teacher's rationales, as TinyLLM has"),
+        ("teacher-prefixes", flag, False, "for none: a prefix for each teacher, as TinyLLM has it"),
         ("alpha", weight, None, "weight of each rationale, alpha_m (default: lambda / M)"),
         ("steps", positive, 1000, "optimiser steps"),
         ("batch-size", positive, 16, "questions in a pass (and process, under torchrun)"),
@@ -131,6 +131,7 @@ import random
 import signal
 import time
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -171,22 +172,23 @@ def train(args):
         purifier.fit()
 
     # Train on the dual loss.
-    net = ranks.wrap(student, args)
+    net = ranks.wrap(student, args)  # what the loss calls; `student` is what is saved and measured
     for step in run.steps(student, optimizer, purifier):
         with seconds("purify"):
             rationales = purifier.rationales(step)  # B lists of one rationale; TinyLLM: of all M
         with seconds("train"):
             batch = [questions[row] for row in ranks.share(visits[step])]
-            own = ranks.share(rationales)
+            texts = ranks.share(rationales)
             torch.manual_seed(args.seed * 1_000_003 + step)  # dropout: the same in a resumed run
             student.train()
-            optimizer.param_groups[0]["lr"] = rate = learning_rate(step, args)
+            rate = learning_rate(step, args)
+            optimizer.param_groups[0]["lr"] = rate
             losses = []
             for start in range(0, len(batch), args.batch_size):
                 part = slice(start, start + args.batch_size)
                 with torch.autocast(args.device, torch.bfloat16, enabled=args.dtype == "bfloat16"):
                     loss = kp.dual_loss(
-                        net, token_cache, batch[part], own[part], args.lam, args.alpha, prefixes
+                        net, token_cache, batch[part], texts[part], args.lam, args.alpha, prefixes
                     )
                 (loss.total / args.accumulate).backward()
                 losses.append(loss)
@@ -195,8 +197,8 @@ def train(args):
             optimizer.zero_grad()
             loss = ranks.gather(kp.join(losses))
         with seconds("purify"):
-            noted = purifier.feedback(step, loss)
-        run.log_loss(step, loss, norm=norm, lr=rate, **noted)
+            policy = purifier.feedback(step, loss)  # figures of rl's policy, else {}
+        run.log_loss(step, loss, norm=norm, lr=rate, **policy)
         if run.evaluates(step):
             with seconds("evaluate"):
                 run.log(step, valid=measure(args, student, token_cache, valid, prefixes))
@@ -251,7 +253,7 @@ def open_parts(args, ranks):
         student, token_cache = load_student(args, folder, data["train"])
     require(not args.ood or "ood/train" in data, f"--ood: {folder} has no ood/train.jsonl")
 
-    def open_lm(path):
+    def open_lm(path):  # called later, when t5s and the student are there
         if path or t5s:
             return model.load(path or t5s[0], args.device)
         return copy.deepcopy(student).eval(), token_cache.tokenizer
@@ -320,17 +322,19 @@ def load_student(args, folder, questions):
 
 
 def training_questions(args, data):
-    """Return what the student trains on, and what it is looked at with meanwhile."""
+    """Return the questions that the student trains on, and those that it is validated on."""
     if not args.ood:
         return data["train"], data["valid"]
     return data["ood/train"], data.get("ood/valid", data["valid"])
 
 
 def measure(args, student, token_cache, questions, prefixes):
-    """Return what a student can, in shares {task: x, ..., "mean": x}: accuracy; explains_right,
-    its own explanations that conclude on the right choice; and where the data set knows the true
-    rationales explains_true, those that are it word by word; both of --explain questions. Of
-    several prefixes the best counts, which flatters them.
+    """Return shares {task: x, ..., "mean": x} of a student.
+
+    accuracy: it finds the right choice likeliest. On --explain questions, explains_right: its
+    explanation concludes on the right choice; explains_true: it is the true rationale, word by
+    word, where the data set has one. With several prefixes the best one counts, which flatters
+    TinyLLM.
     """
     best = {}
     n = len(questions)
@@ -351,8 +355,8 @@ def draw_visits(prompts, args, n_ranks=1):
     """Return visits, where visits[step] are the rows of that step's batch. Each epoch visits
     every row once.
 
-    prompts: N lists of ids. Each 8 batches are sorted by length: 5 % of the tokens are padding
-    instead of 19 %.
+    prompts: N lists of ids. Eight batches at a time are sorted by length and cut again, so 5 % of
+    the tokens are padding instead of 19 %.
     """
     size = args.batch_size * args.accumulate * n_ranks
     n_visits = args.steps * size
@@ -380,7 +384,7 @@ def learning_rate(step, args):
 # ----------------------------------------------------------------------------------- a run's folder
 
 FORMAT = 3  # of a run's folder; another is refused, not misread
-LOG_EVERY = 20  # steps between two moments at which the loop waits for the device, to write its log
+LOG_EVERY = 20  # steps between writes of the log: each waits for the device
 
 
 class Run:
@@ -442,11 +446,11 @@ class Run:
     # Steps and signals
 
     def steps(self, student, optimizer, purifier):
-        """Yield the steps that are left. Save where the run evaluates, and after Ctrl-C or
-        SIGTERM, which end the process behind that step.
+        """Yield the steps that are left. Save after those at which the run evaluates. Ctrl-C and
+        SIGTERM let the step end, save, and end the process.
         """
         first = self.restore(student, optimizer, purifier)
-        signals = [0]  # and then those that came
+        signals = [0]  # 0, then the numbers of the signals that came
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, lambda number, frame: signals.append(number))
         n = self.args.steps
@@ -621,7 +625,8 @@ class Ranks:
         if self.count > 1 and not dist.is_initialized():
             if device == "cuda":
                 torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-            dist.init_process_group("nccl" if device == "cuda" else "gloo")
+            backend = "nccl" if device == "cuda" else "gloo"
+            dist.init_process_group(backend, timeout=timedelta(days=7))  # teachers take hours
 
     def wait(self):
         """Wait for all ranks."""
@@ -640,7 +645,8 @@ class Ranks:
     def share(self, rows):
         """Return this rank's rows of the whole batch."""
         size = len(rows) // self.count
-        return rows[self.rank * size :][:size]
+        start = self.rank * size
+        return rows[start : start + size]
 
     def wrap(self, student, args):
         """Return the student as the loss calls it: with gradients averaged over ranks, and

@@ -1,13 +1,20 @@
 """eval.py: tables over many runs, and a close look at one."""
 
+import html
+import importlib.util
 import json
 import shutil
+from collections import Counter
+from html.parser import HTMLParser
+from itertools import product
+from xml.etree import ElementTree
 
 import pytest
 
 import eval as evaluation
 import model
 import train
+from conftest import write_lines
 
 SMALL = ["--shots", "0", "--steps", "4", "--batch-size", "2", "--max-new-tokens", "8"]
 
@@ -40,27 +47,33 @@ def test_differences_are_paired_by_seed():
 def test_compare_runs_what_is_missing_and_nothing_twice(world, teacher_folders, tmp_path, monkeypatch, capsys):
     texts = ["--purifier random --lam 2", "--purifier answers"]
     common = f" --eval-every 2 --shots 0 --batch-size 2 --max-new-tokens 8 --cache {tmp_path / 'cache'}"
-    arguments = ["--compare", *(text + common for text in texts), "--steps", "4", "--seeds", "2", "--jobs", "2", "--out", str(tmp_path), "--curve"]
+    rows = [texts[0] + common, f"answers only: {texts[1]}{common}"]
+    arguments = ["--compare", *rows, "--steps", "4", "--seeds", "2", "--jobs", "2", "--out", str(tmp_path), "--curve"]
     arguments += ["--data", str(world), "--teachers", *map(str, teacher_folders[:2])]
     evaluation.main(evaluation.parse_args(arguments))
-    table = json.loads((tmp_path / "compare.json").read_text())
-    rows = list(table.values())
-    assert [len(runs) for runs in rows] == [2, 2]
-    assert [run["purifier"] for runs in rows for run in runs] == ["random", "random", "answers", "answers"]
-    assert [run["seed"] for run in rows[0]] == [0, 1] and rows[0][0]["teachers"] == ["t5", "llama-2"]
-    out = capsys.readouterr().out
-    assert "points above --purifier random" in out and "explains truly" in out
-    curve = json.loads((tmp_path / "compare-curve.json").read_text())
-    assert [(line[0], line[1]) for line in curve] == [(text + common, step) for text in texts for step in ("1", "4")]
-    for label, runs in table.items():  # the last point is what the runs ended with
-        means = [100 * sum(run["valid"][m]["mean"] for run in runs) / 2 for m in ("accuracy", "explains_right")]
-        assert [f"{mean:.1f}" for mean in means] == next(line[2:4] for line in reversed(curve) if line[0] == label)
+    told = capsys.readouterr().out
+    assert f"points above {rows[0]}" in told and "explains truly" in told
+    file = tmp_path / "compare.json"
+    runs = json.loads(file.read_text())["runs"]
+    assert [run["label"] for run in runs] == [rows[0], rows[0], "answers only", "answers only"]
+    assert [(run["purifier"], run["seed"]) for run in runs] == list(product(("random", "answers"), (0, 1)))
+    assert runs[0]["teachers"] == ["t5", "llama-2"]
+    assert len(file.read_text().splitlines()) == 2 + len(runs)  # one run a line
+    for run, text in zip(runs, [texts[0]] * 2 + [texts[1]] * 2):  # what the runs themselves wrote
+        folder = evaluation.folder_of(evaluation.parse_args(arguments), text + common, run["seed"])
+        result = json.loads((folder / "result.json").read_text())
+        assert run["accuracy"] == pytest.approx(result["accuracy"], abs=6e-6)
+        assert [point["step"] for point in run["curve"]] == [2, 4]
+        means = {name: share["mean"] for name, share in result["valid"].items()}
+        assert run["curve"][-1] == pytest.approx({"step": 4, **means}, abs=6e-6)
 
+    # A stored table tells the same, and a second call trains nothing.
+    evaluation.main(evaluation.parse_args(["--from", str(file), "--curve"]))
+    assert capsys.readouterr().out == told == "\n" + (tmp_path / "compare.md").read_text() + "\n"
     started = []
     monkeypatch.setattr(evaluation, "start", lambda command, jobs: started.append(command))
     evaluation.main(evaluation.parse_args(arguments))
     assert not started
-    folder = evaluation.folder_of(evaluation.parse_args(arguments), texts[1] + common, 1)
     (folder / "result.json").unlink()
     with pytest.raises(model.BadInput, match="no such file"):  # nothing writes it here
         evaluation.main(evaluation.parse_args(arguments))
@@ -68,25 +81,133 @@ def test_compare_runs_what_is_missing_and_nothing_twice(world, teacher_folders, 
     assert command[-1] == "--resume" and "--seed 1" in " ".join(command)
 
 
-def test_show_takes_the_questions_that_the_student_learnt(world, teacher_folders, tmp_path, capsys):
-    """train and ood/train share ids here: the run is of the second."""
+def made_up_run(label, seed, accuracy, n_teachers=2):
+    shares = {"nature": accuracy, "mean": accuracy}
+    curve = [{"step": step, "accuracy": accuracy * step / 4, "explains_right": 0.5} for step in (2, 4)]
+    return dict(
+        label=label, purifier="router", seed=seed, steps=4, teachers=["a", "b", "c"][:n_teachers],
+        accuracy=shares, ood={}, explains_right=shares, explains_true=None, purified_true=None,
+        teacher_tokens=10, ledger={"score_read": 1000, "rationale_wrote": 10}, student_tokens=2000,
+        seconds={"train": 1.5}, curve=curve,
+    )  # fmt: skip
+
+
+def made_up_table(file, runs, against=("router",)):
+    evaluation.write_table(file, list(against), runs)
+    return str(file)
+
+
+def test_tables_of_two_files_are_pooled_and_paired_by_file_and_seed(tmp_path, capsys):
+    model.say_once.cache_clear()
+    files = []
+    for name, (router, others) in {"a": ((0.3, 0.4), (0.4, 0.48)), "b": ((0.6, 0.8), (0.72, 0.9))}.items():
+        runs = [made_up_run("router", seed, share) for seed, share in enumerate(router)]
+        runs += [made_up_run("other", seed, share) for seed, share in enumerate(others)]
+        runs += [made_up_run(f"only in {name}", seed, 0.5) for seed in (0, 1)]
+        files.append(made_up_table(tmp_path / f"{name}.json", runs))
+    evaluation.main(evaluation.parse_args(["--from", *files]))
+    out, err = capsys.readouterr()
+    # Gaps of 10, 8, 12 and 10 points: mean 10, standard deviation sqrt(8 / 3), t = 3.182 for four.
+    assert "| other | +10.0 ± 2.6 | +10.0 ± 2.6 |" in out
+    assert "| router | 52.5 ± 22.2 |" in out  # of 30, 40, 60, 80
+    assert "only in" not in out and "'only in a' is left out" in err and "'only in b' is left out" in err
+
+
+def texts_of(svg):
+    """Return {text: [(x, y), ...]} of a picture."""
+    places = {}
+    for text in ElementTree.fromstring(svg).iter("{http://www.w3.org/2000/svg}text"):
+        places.setdefault(text.text, []).append((float(text.get("x")), float(text.get("y"))))
+    return places
+
+
+@pytest.mark.parametrize("over, x_title", evaluation.OVER.items())
+def test_a_picture_is_svg_with_its_labels_as_texts(over, x_title, tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    runs = []
+    for label, n in (("<router> & co 2", 2), ("<router> & co 3", 3), ("TinyLLM 2", 2), ("TinyLLM 3", 3)):
+        runs += [made_up_run(label, seed, 0.1 * n + 0.01 * seed, n) for seed in (0, 1)]
+    file = made_up_table(tmp_path / "conflict.json", runs, against=())
+    plot = tmp_path / "a.svg"
+    evaluation.main(evaluation.parse_args(["--from", file, "--plot", str(plot), "--over", over]))
+    places = texts_of(plot.read_text())
+    labels = ["<router> & co", "TinyLLM"] if over == "teachers" else [f"{name} {n}" for name in ("<router> & co", "TinyLLM") for n in (2, 3)]
+    for label in labels:
+        assert len(places[label]) == (2 if over == "steps" else 1)
+    assert f"{x_title} (mean of 2 runs, 95 % interval)" in places
+    first = plot.read_bytes()
+    evaluation.main(evaluation.parse_args(["--from", file, "--plot", str(plot), "--over", over]))
+    assert plot.read_bytes() == first
+
+
+def test_labels_stand_at_their_lines_and_apart():
+    pytest.importorskip("matplotlib")
+    lines = {f"line {n}": {0: [0, 0], 100: [10, 10]} for n in range(5)}  # one upon another
+    places = texts_of(evaluation.draw({"title": {**lines, "low": {0: [0, 0], 100: [0, 0]}}}, "x"))
+    heights = sorted(places[f"line {n}"][0][1] for n in range(5))
+    assert all(below - above > 9 for above, below in zip(heights, heights[1:]))  # 9: the letters' height
+    assert places["10"][0][1] == pytest.approx(heights[-1], abs=5) and places["0"][-1][1] == pytest.approx(places["low"][0][1], abs=5)
+
+
+HOSTILE = "</p><script>alert(1)</script><img src=x onerror=alert(2)> so the answer is \x1b[2J"
+
+
+class Balanced(HTMLParser):
+    """Collect tags and attributes; notice an end tag that does not fit."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.open, self.tags, self.attributes = [], Counter(), Counter()
+        self.feed(text)
+        self.close()
+        assert self.open == ["html"]  # whose end tag may be left out
+
+    def handle_starttag(self, tag, attributes):
+        self.tags[tag] += 1
+        self.attributes.update(name for name, _ in attributes)
+        if tag not in ("meta", "path", "circle"):
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attributes):
+        self.tags[tag] += 1
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+
+def test_a_close_look_is_at_the_questions_that_the_student_learnt(world, tmp_path, capsys):
+    """train and ood/train share ids here: the run is of the second. The teacher is hostile."""
     data = tmp_path / "data"
     shutil.copytree(world, data, ignore=shutil.ignore_patterns("teachers"))
     for name in ("train.jsonl", "ood/train.jsonl"):
         rows = [json.loads(line) for line in (data / name).read_text().splitlines()]
         for number, row in enumerate(rows):
             row["id"] = str(number)
-        (data / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
-    run(data, teacher_folders, tmp_path / "run", "--purifier", "random", "--ood")
+        write_lines(data / name, rows)
+    ids = [*map(str, range(4 * 24)), *map("ood/train:{}".format, range(2 * 24))]
+    said = [{"id": name, "rationale": HOSTILE, "score": 0.5} for name in ids]
+    teacher = write_lines(tmp_path / "hostile.jsonl", said)
+    run(data, [teacher], tmp_path / "run", "--purifier", "random", "--ood")
     capsys.readouterr()
     arguments = [str(tmp_path / "run"), "--show", "100", "--device", "cpu"]
     evaluation.main(evaluation.parse_args(arguments))
     shown = capsys.readouterr().out
-    assert "physical" in shown or "kinds" in shown
+    assert "\nphysical " in shown and "=> hostile P=1.00" in shown and "\x1b" not in shown
     for task in ("nature", "science", "riddles", "medicine"):
-        assert f"\n  {task} " not in shown
+        assert f"\n{task} " not in shown
     with pytest.raises(model.BadInput, match="leave --data out"):
         evaluation.main(evaluation.parse_args([*arguments, "--data", str(world)]))
+
+    evaluation.main(evaluation.parse_args([*arguments[:1], "--html", str(tmp_path / "a.html"), "--device", "cpu"]))
+    text = (tmp_path / "a.html").read_text()
+    page = Balanced(text)
+    n = min(12, shown.count("=> hostile"))
+    assert text.count(html.escape(HOSTILE)) == n > 0 and text.count("wrong answer, learnt") == n
+    has_curve = importlib.util.find_spec("matplotlib") is not None
+    assert page.tags["h2"] == n and page.tags["svg"] == has_curve
+    assert not {"script", "img", "link", "iframe"} & set(page.tags)
+    assert not {"src", "href", "onerror"} & set(page.attributes)
+    assert "url(" not in text.replace("url(#", "") and "@import" not in text
 
 
 @pytest.mark.parametrize("arguments, says", [(["--jobs", "0"], "--jobs 0"), (["--seeds", "0"], "--seeds 0"), ([], "nothing to do")])
@@ -95,11 +216,23 @@ def test_bad_arguments_end_in_one_line(arguments, says, capsys):
         evaluation.main(evaluation.parse_args(arguments))
 
 
-def test_a_plot_without_matplotlib_is_refused_before_anything_is_trained(monkeypatch, tmp_path):
-    monkeypatch.setattr(evaluation.importlib.util, "find_spec", lambda name: None)
-    arguments = ["--compare", "--purifier random", "--plot", str(tmp_path / "a.png"), "--out", str(tmp_path)]
-    with pytest.raises(model.BadInput, match="pip install matplotlib"):
-        evaluation.main(evaluation.parse_args(arguments))
-    assert not list(tmp_path.iterdir())
+@pytest.mark.parametrize("spoil, says", [
+    (lambda table: [], "not written by eval.py"),
+    (lambda table: {**table, "runs": []}, "not written by eval.py"),
+    (lambda table: {**table, "runs": [{"label": "router", "seed": 0}]}, "not written by eval.py"),
+    (lambda table: {**table, "runs": [{**run, "accuracy": "high"} for run in table["runs"]]}, "not written by eval.py"),
+    (lambda table: {"router": table["runs"]}, "KeyError"),
+])  # fmt: skip
+def test_a_bad_table_ends_in_one_line(spoil, says, tmp_path):
+    file = tmp_path / "a.json"
+    made_up_table(file, [made_up_run("router", seed, 0.5) for seed in (0, 1)])
+    file.write_text(json.dumps(spoil(json.loads(file.read_text()))))
+    with pytest.raises(model.BadInput, match=says) as error:
+        evaluation.main(evaluation.parse_args(["--from", str(file)]))
+    assert str(file) in str(error.value) and "\n" not in str(error.value)
 
 
+def test_a_missing_table_and_a_picture_of_another_kind_end_in_one_line(tmp_path):
+    for arguments, says in ((["--from", str(tmp_path / "no.json")], "no such file"), (["--table", "--plot", "a.png"], "give FILE.svg")):
+        with pytest.raises(model.BadInput, match=says):
+            evaluation.main(evaluation.parse_args(arguments))

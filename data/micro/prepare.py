@@ -10,7 +10,7 @@ goes from two facts to the answer:
 
 There are four tasks in domain, one for each subject of the table, and two tasks out of domain. The
 pairs (entity, property) are dealt out to train, valid and test, so no test question can be learnt
-by heart: who answers it has put two facts together. Nothing in the answers of train tells which.
+by heart: who answers it has put two facts together. The answers of train do not tell which two.
 
 Each of four teachers, with the paper's architectures in miniature, has *read* a quarter of the
 classes whole, dealt by the seed across all tasks, and a small part of the others. Asked about
@@ -163,17 +163,17 @@ def deal_halves(rng, subject):
 def deal_pairs(rng, subject, half):
     """Return {split: [(entity, property)]} of all pairs that are true.
 
-    In train entities meet properties of their own half. The pairs that cross the halves are those of
-    test, and a quarter of them of valid. Wrong choices too are of the half that the right one is
-    in. So no question of train, and no wrong choice in it, joins an entity to a property that a test
-    question joins it to. What joins them is the class, and only rationales name it.
+    In train entities meet properties of their own half. Pairs that cross the halves go to valid (a
+    quarter) and test (the rest). Wrong choices are of the same half as the right one. So no question
+    of train, and no wrong choice in it, joins an entity to a property that a test question joins it
+    to. What joins them is the class, and only rationales name it.
     """
     pairs = defaultdict(list)
-    crossing = []
     for entity, class_ in subject.class_of.items():
         for property_ in subject.properties[class_]:
-            same = half[entity] == half[property_]
-            (pairs["train"] if same else crossing).append((entity, property_))
+            split = "train" if half[entity] == half[property_] else "crossing"
+            pairs[split].append((entity, property_))
+    crossing = pairs.pop("crossing")
     rng.shuffle(crossing)
     n_valid = len(crossing) // 4
     pairs["valid"] = crossing[:n_valid]
@@ -204,7 +204,11 @@ def make_questions(facts, seed):
             rng.shuffle(pool)
             turns = itertools.cycle(pool)  # each pair in turn, as often as it takes
             places = Counter()
+            draws = 0
             while places.total() < size:
+                draws += 1
+                why = f"too few facts for {size} questions of {task}; lower SIZES or add some"
+                model.require(draws < 100 * size, f"{HERE / 'facts.tsv'}: {why}")
                 name, pair = next(turns)
                 q = draw_question(rng, task, facts[name], *pair, half)
                 if q not in seen and places[q.answer] < size / len(q.choices):
@@ -230,9 +234,9 @@ def property_asked(facts, q):
 def rule_without_rationales(facts, train, test):
     """Return the accuracy that the answers of train alone make possible on test, by a rule.
 
-    The rule: choose the entity that shares most asked properties with those that already answered
-    this one; among equals, the one that was least often a wrong choice. It guesses between those
-    that are equal in both.
+    The rule: choose the entity that shares most properties, as asked in train, with the entities
+    that answered this property there; among equals, the one that was least often a wrong choice. It
+    guesses between those that are equal in both.
     """
     answered = defaultdict(set)  # {property: entities}
     has = defaultdict(set)  # {entity: properties}
@@ -301,7 +305,8 @@ def train_on(lm, tokenizer, endless, steps, lowest, steps_done):
     biases = []  # of T5's distances: numbers near 3 that start near 0, and so need a higher rate
     others = []
     for name, p in lm.named_parameters():
-        (biases if "relative" in name else others).append(p)
+        group = biases if "relative" in name else others
+        group.append(p)
     groups = [dict(params=others, pace=1)]
     if biases:
         groups.append(dict(params=biases, pace=10))
@@ -454,14 +459,14 @@ def practise(folder, seed, steps, steps_done):
             drawn = batches(lambda: exercise(rng, world, world, prompts), rng)
             yield from itertools.islice(drawn, STEPS_IN_EACH)
 
-    # It goes on to learn, from the last fictions too.
+    # The rate ends at 0.2 of its peak, so that the student still learns in the last fictions.
     train_on(student, tokenizer, endless(), steps, 0.2, steps_done)
     model.save(student, tokenizer, folder)
 
 
 # ------------------------------------------------------------------------------ the teachers' reading
 
-# {teacher: (steps until it knows what it read, config of a Llama without the vocabulary)}
+# {teacher: (steps until it knows what it read, config of its Llama; None: a T5)}
 TEACHERS = {
     "t5": (400, None),  # it starts as the student, as FLAN-T5-xl is to FLAN-T5-small
     "llama-2": (700, LLAMA),
