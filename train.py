@@ -21,6 +21,8 @@ none (TinyLLM, all rationales), single, task (the best teacher of each task), ra
 best-scoring teacher of each question), answers (no rationale)"""
 WHICH_TEACHERS = """checkpoint folders, and .jsonl files of ready rationales (default: DATA/rationales/*;
 in the micro world: names of its teachers)"""
+WHICH_STUDENT = """checkpoint folder (T5, Llama, Mistral, Qwen2, Qwen3), or the micro world's: tiny,
+a T5, or tiny-llama; with --data tiny is a new T5"""
 
 
 def at_least(least):
@@ -55,7 +57,7 @@ ARGUMENTS = {
         ("well-read", flag, False, "a control: a micro world whose teachers have read everything"),
         ("data", str, None, "folder with train.jsonl, valid.jsonl, test.jsonl"),
         ("teachers", list, None, WHICH_TEACHERS),
-        ("student", str, "tiny", "checkpoint folder of an LM, or tiny: the micro world's, or a new T5"),
+        ("student", str, "tiny", WHICH_STUDENT),
         ("encoder", str, None, "sentence encoder (default: a T5 teacher, else the student)"),
         ("scorer", str, None, "scores ready rationales (default: a T5 teacher, else the student)"),
         ("ood", flag, False, "train on the out-of-domain tasks; purifiers are fitted in domain"),
@@ -140,7 +142,7 @@ from tqdm import tqdm
 import kp
 import model
 import purify
-from data.micro import prepare
+from data.micro import prepare, tiny_llama
 from data.questions import read_data, read_rationales, train_tokenizer
 from model import BadInput, require
 
@@ -225,7 +227,7 @@ def settle(args):
         dtype="bfloat16" if args.device == "cuda" else "float32",
         out=f"out/{args.purifier}{'-ood' if args.ood else ''}-{args.seed}",
         lam=16.0 if in_micro_world else 1.0,
-        lr=1.5e-3 if args.student == "tiny" else 3e-4,
+        lr=1.5e-3 if args.student in ("tiny", "tiny-llama") else 3e-4,
         shots=0 if in_micro_world else 2,
         explain=10**9 if in_micro_world else 100,
         max_new_tokens=64 if in_micro_world else 256,
@@ -247,7 +249,8 @@ def open_parts(args, ranks):
     """
     with ranks.first_alone():  # rank 0 makes the micro world, the others find it there
         folder = Path(args.data) if args.data else prepare.prepare(args.world, args.well_read)
-    data = read_data(folder)
+        data = read_data(folder)
+        student, token_cache = load_student(args, folder, data["train"])
     require(not args.ood or "ood/train" in data, f"--ood: {folder} has no ood/train.jsonl")
 
     def open_lm(path):  # called later, when t5s and the student are there
@@ -260,7 +263,6 @@ def open_parts(args, ranks):
         t5s = [teacher.folder for teacher in teachers.teachers if teacher.kind == "t5"]
     else:
         t5s = [folder / "teachers" / "t5"]
-    student, token_cache = load_student(args, folder, data["train"])
     if args.encoder:
         encoder, _ = open_lm(args.encoder)
         why = f"--encoder {args.encoder}: not an encoder; take a Bert or a T5"
@@ -309,7 +311,13 @@ def load_student(args, folder, questions):
         torch.manual_seed(args.seed)
         student = prepare.tiny_t5(tokenizer.get_vocab_size())
         return student.to(args.device), kp.TokenCache(tokenizer)
-    path = folder / "student" if args.student == "tiny" else args.student
+    path = args.student
+    if path == "tiny":
+        path = folder / "student"
+    elif path == "tiny-llama":
+        why = "--student tiny-llama is the micro world's; with --data give --student DIR"
+        require(not args.data, why)
+        path = tiny_llama.prepare_student(folder, args.world)
     return kp.open_student(path, args.device, torch.float32)
 
 

@@ -162,13 +162,17 @@ def training(pair, batch, source, target):
         return l_pr + kp.sequence_losses(pair.ours, prompts, texts).mean()
 
     def their_losses():
-        ids, mask = model.pad(prompts)
-        ids = ids.to(pair.device)
-        mask = mask.to(pair.device)
         total = 0.0
-        for rows in (answers, texts):
-            labels = model.pad(rows, value=-100)[0].to(pair.device)
-            total = total + pair.theirs(input_ids=ids, attention_mask=mask, labels=labels).loss
+        for targets in (answers, texts):
+            rows = prompts
+            labels = targets
+            if not pair.is_t5():  # prompt and target in one row, the loss on the target alone
+                rows = [prompt + target for prompt, target in zip(prompts, targets)]
+                labels = [[-100] * len(prompt) + target for prompt, target in zip(prompts, targets)]
+            ids, mask = model.pad(rows)
+            labels, _ = model.pad(labels, value=-100)
+            tensors = dict(input_ids=ids, attention_mask=mask, labels=labels)
+            total = total + pair.theirs(**{k: x.to(pair.device) for k, x in tensors.items()}).loss
         return total
 
     def step_of(lm, losses):
@@ -184,7 +188,7 @@ def training(pair, batch, source, target):
         return step
 
     n_tokens = 2 * sum(map(len, prompts)) + sum(map(len, answers + texts))
-    name = f"training step, {source} -> {target}, batch {batch}"
+    name = f"training step of {pair.kind}, {source} -> {target}, batch {batch}"
     our_step = step_of(pair.ours, our_losses)
     their_step = step_of(pair.theirs, their_losses)
     row = pair.compare(name, our_step, their_step, n_tokens)
@@ -403,8 +407,9 @@ def main():
                 rows.append(generation(pair, batch, 64))
             rows.append(scoring(pair))
             rows.append(loading(pair))
-            if pair.is_t5():  # last, because it changes the weights
-                rows.append(training(pair, *sizes))
+            if pair.is_t5() or pair.kind == "llama" and not args.large:  # 8B do not fit with AdamW
+                rows.append(training(pair, *sizes))  # last, because it changes the weights
+            if pair.is_t5():
                 rows += teachers(pair)
             if args.large:
                 report_limits(pair, rows)
