@@ -137,6 +137,7 @@ CHAT_FORMATS = {  # {a mark that only this family's templates hold: what they re
     "[INST]": "[INST]{}[/INST]",
     "<|user|>": "<|user|>\n{}</s>\n<|assistant|>\n",
 }
+WITHOUT_CHAT = "{} Answer:"  # a decoder-only student has to see where the prompt ends
 CHATML_SYSTEM = re.compile(r"<\|im_start\|>system(?:\\n|\n)([^'\"{}]+)<\|im_end\|>")
 
 
@@ -272,7 +273,10 @@ def open_student(path, device="cpu", dtype=None):
     kind = lm.config["model_type"]
     why = f"a {kind} cannot be a student; take one of {', '.join(WRITERS)}"
     require(kind in WRITERS, f"{path}: {why}")
-    return lm, TokenCache(tokenizer, chat=chat_format(Path(path), tokenizer))
+    chat = chat_format(Path(path), tokenizer)
+    if chat == "{}" and kind != "t5":
+        chat = WITHOUT_CHAT
+    return lm, TokenCache(tokenizer, chat=chat)
 
 
 class DualLoss(NamedTuple):

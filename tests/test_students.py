@@ -282,15 +282,15 @@ def test_a_student_that_has_learnt_stops_where_its_turn_ends(families, name):
     assert kp.explanations(student, token_cache, questions[:1], 24) == ["So it is."]
 
 
-def test_a_base_model_s_end_is_its_own(families):
-    """Without a template the text is plain, and of several ends the first one is learnt."""
+def test_a_base_model_is_told_where_the_prompt_ends(families, tmp_path):
+    """Without a chat template the text is plain, and of several end tokens the first one is learnt."""
     family = families["Llama-3.2-1B-Instruct"]
-    student, _ = kp.open_student(family.folder)
-    token_cache = kp.TokenCache(family.tokenizer)
+    model.save(*model.load(family.folder), tmp_path)
+    (tmp_path / "tokenizer_config.json").unlink()
+    student, token_cache = kp.open_student(tmp_path)
     (read,), (learnt,) = token_cache.pairs(student, ["predict: Where?"], ["a pond"])
-    assert family.tokenizer.decode(read + learnt, skip_special_tokens=False) == (
-        "<|begin_of_text|>predict: Where? a pond<|end_of_text|>"
-    )
+    assert family.tokenizer.decode(read, skip_special_tokens=False) == "<|begin_of_text|>predict: Where? Answer:"
+    assert family.tokenizer.decode(learnt, skip_special_tokens=False) == " a pond<|end_of_text|>"
 
 
 # -------------------------------------------------------------------------------------------- whole runs
@@ -360,7 +360,7 @@ def test_another_student_in_the_same_folder_leaves_no_template_behind(places, fa
     (bare / "tokenizer_config.json").unlink()
     export = run(places, bare, tmp_path / "run") / "student"
     assert not (export / "chat_template.jinja").exists() and not (export / "generation_config.json").exists()
-    assert kp.open_student(export)[1].chat == "{}"
+    assert kp.open_student(export)[1].chat == "{} Answer:"
     assert json.loads((export / "tokenizer_config.json").read_text())["eos_token"] == "</s>"
 
 

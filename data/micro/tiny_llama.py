@@ -37,12 +37,13 @@ def practise(folder, seed):
     torch.manual_seed(seed)
     student = prepare.new_llama(CONFIG, tokenizer)
     rng = random.Random(f"practice {seed}")
-    prompts = (kp.predict_prompt, kp.explain_prompt)
+    asks = (lambda q: kp.WITHOUT_CHAT.format(kp.predict_prompt(q)),
+            lambda q: kp.WITHOUT_CHAT.format(kp.explain_prompt(q)))
 
     def endless():
         while True:
             world = prepare.fiction(rng, facts)
-            drawn = prepare.batches(lambda: prepare.exercise(rng, world, world, prompts), rng)
+            drawn = prepare.batches(lambda: prepare.exercise(rng, world, world, asks), rng)
             yield from itertools.islice(drawn, prepare.STEPS_IN_EACH)
 
     n_threads = torch.get_num_threads()
