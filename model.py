@@ -24,6 +24,7 @@ import math
 import os
 import shutil
 import sys
+from array import array
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -716,8 +717,11 @@ def device_of(lm):
 
 
 def encode(tokenizer, texts):
-    """Return the token ids of each text, with the tokenizer's start and end tokens."""
-    return [encoding.ids for encoding in tokenizer.encode_batch(list(texts))]
+    """Return the token ids of each text, with the tokenizer's start and end tokens.
+
+    As arrays: 4 bytes a token instead of 36. One by one: a batch takes 100 bytes a token meanwhile.
+    """
+    return [array("I", tokenizer.encode(text).ids) for text in texts]
 
 
 def load(path, device="cpu", dtype=None):
@@ -955,22 +959,24 @@ def read_rows(path):
     Raise BadInput where a line does not parse.
     """
     try:
-        whole = Path(path).read_bytes()
+        file = open(path, "rb")
     except OSError as error:
         raise BadInput(f"{path}: cannot be read ({error.strerror})") from None
-    if whole.lstrip().startswith(b"["):
-        for number, row in enumerate(read_json(path), 1):
-            yield f"{path}: entry {number}", row
-        return
-    for number, line in enumerate(whole.split(b"\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise BadInput(
-                f"{path}:{number}: not a line of JSON ({error}); mend or delete it") from None
-        yield f"{path}:{number}", row
+    with file:
+        if file.peek().lstrip().startswith(b"["):
+            for number, row in enumerate(read_json(path), 1):
+                yield f"{path}: entry {number}", row
+            return
+        for number, line in enumerate(file, 1):
+            line = line.strip()
+            if not line:
+                continue
+            try:
+                row = json.loads(line)
+            except (ValueError, RecursionError) as error:
+                raise BadInput(
+                    f"{path}:{number}: not a line of JSON ({error}); mend or delete it") from None
+            yield f"{path}:{number}", row
 
 
 # ----------------------------------------------------------------------------------------- errors
