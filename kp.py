@@ -165,14 +165,14 @@ def chat_template(folder):
     if file.exists():
         return file.read_text(encoding="utf-8")
     file = folder / "tokenizer_config.json"
-    settings = model.read_json(file) if file.exists() else {}
+    settings = model.read_config(folder, file.name) if file.exists() else {}
     template = settings.get("chat_template")
     if isinstance(template, list):  # several, by name
         named = {}
         for entry in template:
             named[entry["name"]] = entry["template"]
         template = named.get("default")
-    return template or ""
+    return str(template or "")
 
 
 def conclusion(rationale, choices):
@@ -212,7 +212,7 @@ class TokenCache:
         """chat: how a decoder-only model is addressed, see `chat_format`."""
         self.tokenizer = tokenizer
         self.max_length = max_length
-        self.ids = functools.lru_cache(2**15)(lambda text: tokenizer.encode(text).ids)
+        self.ids = functools.lru_cache(32_768)(lambda text: tokenizer.encode(text).ids)
         start = "".join(map(tokenizer.id_to_token, self.ids("")))
         self.chat = chat.removeprefix(start)  # the tokenizer adds it itself
 

@@ -24,7 +24,6 @@ import math
 import os
 import shutil
 import sys
-from array import array
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -719,9 +718,9 @@ def device_of(lm):
 def encode(tokenizer, texts):
     """Return the token ids of each text, with the tokenizer's start and end tokens.
 
-    As arrays: 4 bytes a token instead of 36. One by one: a batch takes 100 bytes a token meanwhile.
+    One by one: a batch takes 100 bytes a token meanwhile.
     """
-    return [array("I", tokenizer.encode(text).ids) for text in texts]
+    return [tokenizer.encode(text).ids for text in texts]
 
 
 def load(path, device="cpu", dtype=None):
@@ -943,33 +942,28 @@ def read_json(path):
         raise BadInput(f"{path}: not readable as JSON ({error})") from None
 
 
-def read_config(folder):
-    """Return a checkpoint's config.json, a dict."""
-    file = folder / "config.json"
+def read_config(folder, name="config.json"):
+    """Return a checkpoint's config.json, or another file of settings, a dict."""
+    file = folder / name
     config = read_json(file)
     require(
         isinstance(config, dict),
-        f"{file}: holds no settings (model_type, sizes); download it again")
+        f"{file}: holds no settings; download it again")
     return config
 
 
 def read_rows(path):
     """Yield (place, object) of a file of JSON lines or of one JSON array.
 
-    Raise BadInput where a line does not parse.
+    Raise BadInput where a line does not parse, OSError where there is no such file.
     """
-    try:
-        file = open(path, "rb")
-    except OSError as error:
-        raise BadInput(f"{path}: cannot be read ({error.strerror})") from None
-    with file:
+    with open(path, "rb") as file:
         if file.peek().lstrip().startswith(b"["):
             for number, row in enumerate(read_json(path), 1):
                 yield f"{path}: entry {number}", row
             return
         for number, line in enumerate(file, 1):
-            line = line.strip()
-            if not line:
+            if not line.strip():
                 continue
             try:
                 row = json.loads(line)

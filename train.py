@@ -243,8 +243,11 @@ def open_parts(args, ranks):
     open_lm(path) loads that checkpoint, or without a path the T5 at hand: the micro world's, the
     first T5 teacher, or else the student as it starts.
     """
-    with ranks.first_alone():  # rank 0 makes the micro world, the others find it there
-        folder = Path(args.data) if args.data else prepare.prepare(args.world, args.well_read)
+    if ranks.rank > 0:
+        ranks.wait()  # for rank 0, which makes the micro world: the others find it there
+    folder = Path(args.data) if args.data else prepare.prepare(args.world, args.well_read)
+    if ranks.rank == 0:
+        ranks.wait()
     data = read_data(folder)
     require(not args.ood or "ood/train" in data, f"--ood: {folder} has no ood/train.jsonl")
 
@@ -349,18 +352,16 @@ def draw_visits(questions, token_cache, args, n_ranks=1):
     size = args.batch_size * args.accumulate * n_ranks
     n_visits = args.steps * size
     n = len(questions)
-
-    def length(row):
-        (ids,) = token_cache.prompts([kp.ask(questions[row])])
-        return len(ids)
-
     order = []
     for epoch in range(math.ceil(n_visits / n)):
         order += random.Random(f"{args.seed} {epoch}").sample(range(n), n)
     del order[n_visits:]
     visits = []
     for start in range(0, n_visits, 8 * size):
-        rows = sorted(order[start : start + 8 * size], key=length)
+        rows = sorted(
+            order[start : start + 8 * size],
+            key=lambda row: len(token_cache.prompts([kp.ask(questions[row])])[0])
+        )
         batches = [rows[i : i + size] for i in range(0, len(rows), size)]
         visits += random.Random(f"{args.seed} {start}").sample(batches, len(batches))
     return visits
@@ -579,7 +580,7 @@ class Run:
             ledger=ledger,
             student_tokens=self.student_tokens,
             empty_rationales=n_empty,
-            seconds={stage: round(value, 2) for stage, value in self.seconds.items()},
+            seconds=self.seconds,
         )
         kept = purifier.kept()
         if kept:
@@ -623,15 +624,6 @@ class Ranks:
         """Wait for all ranks."""
         if self.count > 1:
             dist.barrier()
-
-    @contextmanager
-    def first_alone(self):
-        """Let rank 0 go through the block before the others: it makes what they only read."""
-        if self.rank != 0:
-            self.wait()
-        yield
-        if self.rank == 0:
-            self.wait()
 
     def share(self, rows):
         """Return this rank's rows of the whole batch."""

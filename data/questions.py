@@ -72,6 +72,8 @@ def read_questions(file, split="", taken=None):
             name = f"{name}#{len(questions)}"
         taken.add(name)
         truth = str(row.get("truth", ""))
+        whole = is_text("".join((text, name, task, truth, *choices)))
+        require(whole, f"{place}: holds half a character (a lone surrogate); mend or delete it")
         questions.append(Question(name, task, text, tuple(choices), answer, truth))
     require(questions, f"{file}: holds no question; write one a line")
     return questions
@@ -101,7 +103,7 @@ def read_rationales(file, data, needed, max_words):
         name = ids[name]
         why = f"a second rationale for question {name}; delete one"
         require(name not in rationales, f"{place}: {why}")
-        require(isinstance(text, str), f"{place}: a rationale must be a text")
+        require(is_text(text), f"{place}: a rationale must be a text, without half a character")
         text = text.strip()
         beyond = "".join(text.split(maxsplit=max_words)[max_words:])
         rationales[name] = text[: len(text) - len(beyond)].rstrip()
@@ -116,6 +118,11 @@ def read_rationales(file, data, needed, max_words):
             why = f"no rationale for question {missing[0]!r} of {split}{more}; add a line"
             raise BadInput(f"{file}: {why}")
     return rationales, scores
+
+
+def is_text(value):
+    """Tell whether this is a text. JSON can hold one half of a surrogate pair, which is none."""
+    return isinstance(value, str) and value.encode(errors="ignore").decode() == value
 
 
 def are_choices(choices):
