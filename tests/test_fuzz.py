@@ -88,10 +88,6 @@ def make_targets(world, folder):
     data = read_data(world)
     questions = data["train"][:2]
 
-    teacher = kp.CheckpointTeacher(t5, folder / "cache", kp.Asking(max_new_tokens=4))
-    teacher.scores(questions)
-    teacher.rationales(questions)
-
     rows = [dict(id=q.id, rationale=q.truth, score=0.5) for q in data["train"]]
     ready = write_lines(folder / "ready.jsonl", rows)
 
@@ -126,11 +122,6 @@ def make_targets(world, folder):
         for text in texts.values():
             token_cache.targets([text])
 
-    def ask():
-        again = kp.CheckpointTeacher(t5, folder / "cache", kp.Asking(max_new_tokens=4))
-        again.scores(questions)
-        again.rationales(questions)
-
     def open_t5(path=t5):
         loss_of(*kp.open_student(path), questions[:1])
 
@@ -145,7 +136,6 @@ def make_targets(world, folder):
         t5 / "tokenizer_config.json": open_t5,
         t5 / "model.safetensors": open_t5,
         index: lambda: open_t5(sharded),
-        teacher.file: ask,
         checkpoint: restore,
     }
 
@@ -179,7 +169,7 @@ def damage(file, read, seed):
         file.write_bytes(mutation(draw, whole))
         read()
     except model.BadInput as error:
-        assert len(str(error).splitlines()) == 1 and str(file.name) in str(error) or str(file.parent) in str(error)
+        assert len(str(error).splitlines()) == 1 and str(file.parent) in str(error), error
         return True
     finally:
         file.write_bytes(whole)
@@ -191,12 +181,12 @@ def targets(world, tmp_path_factory):
     return make_targets(world, tmp_path_factory.mktemp("fuzz"))
 
 
-@pytest.mark.parametrize("number", range(9))
+@pytest.mark.parametrize("number", range(8))
 def test_a_damaged_file_is_read_or_refused(targets, number):
     file, read = list(targets.items())[number]
     read()
     refused = 0
-    for seed in range(30):
+    for seed in range(25):
         refused += damage(file, read, seed)
     assert refused > 3
 
@@ -207,7 +197,7 @@ def main(n):
         for file, read in make_targets(world, Path(folder) / "fuzz").items():
             seen = {}
             refused = 0
-            for seed in range(1000, 1000 + n // 9):
+            for seed in range(1000, 1000 + n // 8):
                 try:
                     refused += damage(file, read, seed)
                 except Exception as error:
@@ -216,7 +206,7 @@ def main(n):
                         place = place.tb_next
                     where = f"{type(error).__name__} {Path(place.tb_frame.f_code.co_filename).name}:{place.tb_lineno}"
                     seen.setdefault(where, []).append((seed, str(error)[:90]))
-            print(f"{file.name}: {n // 9} mutations, {refused} refused", flush=True)
+            print(f"{file.name}: {n // 8} mutations, {refused} refused", flush=True)
             for where, errors in seen.items():
                 print("   ", where, len(errors), errors[0], flush=True)
 
