@@ -955,8 +955,9 @@ def read_config(folder, name="config.json"):
 def read_rows(path):
     """Yield (place, object) of a file of JSON lines or of one JSON array.
 
-    Raise BadInput where a line does not parse, OSError where there is no such file.
+    Raise BadInput where there is no such file, and where a line does not parse.
     """
+    require(os.path.exists(path), f"{path}: cannot be read (no such file)")
     with open(path, "rb") as file:
         if file.peek().lstrip().startswith(b"["):
             for number, row in enumerate(read_json(path), 1):
