@@ -497,7 +497,9 @@ def by_task(questions, marks):
     of_task = defaultdict(list)
     for q, mark in zip(questions, marks):
         of_task[q.task].append(mark)
-    shares = {task: fmean(own) for task, own in of_task.items()}
+    shares = {}
+    for task, own in of_task.items():
+        shares[task] = fmean(own)
     if shares:
         shares["mean"] = fmean(shares.values())
     return shares

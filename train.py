@@ -71,7 +71,7 @@ ARGUMENTS = {
         ("tune-aggregator", natural, None, "steps that teach it (default: 800 in the micro world)"),
         ("teacher", natural, 0, "which teacher --purifier single takes"),
         ("shots", natural, None, "examples in a prompt (default: 0 in the micro world, else 2)"),
-        ("teacher-forcing", flag, False, "tell the teachers the answer, as TinyLLM does; rl can then check nothing"),
+        ("teacher-forcing", flag, False, "tell the teachers the answer, as TinyLLM does (not for rl)"),
         ("max-new-tokens", positive, None, "of a rationale (default: 64 in the micro world, else 256)"),
         ("batch-tokens", positive, 2**14, "that a teacher holds at once: prompts, choices, rationales"),
     ],
