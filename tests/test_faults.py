@@ -313,7 +313,7 @@ def only_pickled(folder):
 
 T5 = [  # what is done to a copy of the T5 teacher -> what the line says
     (writing("config.json", "{"), "config.json: not readable as JSON"),
-    (writing("config.json", "[]"), "model_type"),
+    (writing("config.json", "[]"), "holds no settings"),
     (setting(model_type="gpt2"), "gpt2"),
     (setting(d_model=10**9), "d_model must be"),
     (setting(num_heads=-1), "num_heads must be"),
