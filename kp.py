@@ -37,7 +37,7 @@ from model import require
 LETTERS = "abcdefghij"  # of the choices
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Question:
     id: str
     task: str
@@ -167,14 +167,14 @@ def chat_template(folder):
     if file.exists():
         return file.read_text(encoding="utf-8")
     file = folder / "tokenizer_config.json"
-    settings = model.read_json(file) if file.exists() else {}
+    settings = model.read_config(folder, file.name) if file.exists() else {}
     template = settings.get("chat_template")
     if isinstance(template, list):  # several, by name
         named = {}
         for entry in template:
             named[entry["name"]] = entry["template"]
         template = named.get("default")
-    return template or ""
+    return str(template or "")
 
 
 def conclusion(rationale, choices):
@@ -209,13 +209,13 @@ NO_LIMIT = 10**9
 
 
 class TokenCache:
-    """Turn texts into lists of token ids; each text is tokenised once."""
+    """Turn texts into lists of token ids. The last 32,768 texts are not tokenised again."""
 
     def __init__(self, tokenizer, max_length=MAX_LENGTH, chat="{}"):
         """chat: how a decoder-only model is addressed, see `chat_format`."""
         self.tokenizer = tokenizer
         self.max_length = max_length
-        self.ids = functools.cache(lambda text: tokenizer.encode(text).ids)
+        self.ids = functools.lru_cache(32_768)(lambda text: tokenizer.encode(text).ids)
         start = "".join(map(tokenizer.id_to_token, self.ids("")))
         self.chat = chat.removeprefix(start)  # the tokenizer adds it itself
 
@@ -497,7 +497,9 @@ def by_task(questions, marks):
     of_task = defaultdict(list)
     for q, mark in zip(questions, marks):
         of_task[q.task].append(mark)
-    shares = {task: fmean(own) for task, own in of_task.items()}
+    shares = {}
+    for task, own in of_task.items():
+        shares[task] = fmean(own)
     if shares:
         shares["mean"] = fmean(shares.values())
     return shares

@@ -716,8 +716,11 @@ def device_of(lm):
 
 
 def encode(tokenizer, texts):
-    """Return the token ids of each text, with the tokenizer's start and end tokens."""
-    return [encoding.ids for encoding in tokenizer.encode_batch(list(texts))]
+    """Return the token ids of each text, with the tokenizer's start and end tokens.
+
+    One by one: a batch takes 100 bytes a token meanwhile.
+    """
+    return [tokenizer.encode(text).ids for text in texts]
 
 
 def load(path, device="cpu", dtype=None):
@@ -939,38 +942,36 @@ def read_json(path):
         raise BadInput(f"{path}: not readable as JSON ({error})") from None
 
 
-def read_config(folder):
-    """Return a checkpoint's config.json, a dict."""
-    file = folder / "config.json"
+def read_config(folder, name="config.json"):
+    """Return a checkpoint's config.json, or another file of settings, a dict."""
+    file = folder / name
     config = read_json(file)
     require(
         isinstance(config, dict),
-        f"{file}: holds no settings (model_type, sizes); download it again")
+        f"{file}: holds no settings; download it again")
     return config
 
 
 def read_rows(path):
     """Yield (place, object) of a file of JSON lines or of one JSON array.
 
-    Raise BadInput where a line does not parse.
+    Raise BadInput where there is no such file, and where a line does not parse.
     """
-    try:
-        whole = Path(path).read_bytes()
-    except OSError as error:
-        raise BadInput(f"{path}: cannot be read ({error.strerror})") from None
-    if whole.lstrip().startswith(b"["):
-        for number, row in enumerate(read_json(path), 1):
-            yield f"{path}: entry {number}", row
-        return
-    for number, line in enumerate(whole.split(b"\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise BadInput(
-                f"{path}:{number}: not a line of JSON ({error}); mend or delete it") from None
-        yield f"{path}:{number}", row
+    require(os.path.exists(path), f"{path}: cannot be read (no such file)")
+    with open(path, "rb") as file:
+        if file.peek().lstrip().startswith(b"["):
+            for number, row in enumerate(read_json(path), 1):
+                yield f"{path}: entry {number}", row
+            return
+        for number, line in enumerate(file, 1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except (ValueError, RecursionError) as error:
+                raise BadInput(
+                    f"{path}:{number}: not a line of JSON ({error}); mend or delete it") from None
+            yield f"{path}:{number}", row
 
 
 # ----------------------------------------------------------------------------------------- errors

@@ -127,12 +127,12 @@ class Choice(Purifier):
 
     def purify(self, questions):
         probabilities = self.choose(questions)  # (N, M)
-        self.chosen = dict(zip(questions, probabilities.tolist()))
+        self.chosen = dict(zip(self.rows, probabilities.tolist()))
         texts = self.teachers.rationales(questions, probabilities.argmax(1).tolist())
         return [[text] for text in texts]
 
     def probabilities(self, row):
-        return self.chosen[self.questions[row]]
+        return self.chosen[row]
 
     def certain(self, picks):
         """Return probabilities (N, M) that are 1 for the picked teachers, (N,)."""

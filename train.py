@@ -71,7 +71,7 @@ ARGUMENTS = {
         ("tune-aggregator", natural, None, "steps that teach it (default: 800 in the micro world)"),
         ("teacher", natural, 0, "which teacher --purifier single takes"),
         ("shots", natural, None, "examples in a prompt (default: 0 in the micro world, else 2)"),
-        ("teacher-forcing", flag, False, "tell the teachers the answer, as TinyLLM does; rl can then check nothing"),
+        ("teacher-forcing", flag, False, "tell the teachers the answer, as TinyLLM does (not for rl)"),
         ("max-new-tokens", positive, None, "of a rationale (default: 64 in the micro world, else 256)"),
         ("batch-tokens", positive, 2**14, "that a teacher holds at once: prompts, choices, rationales"),
     ],
@@ -160,7 +160,7 @@ def train(args):
             return model.read_json(run.result) if ranks.rank == 0 else None
         questions, valid = training_questions(args, data)
         prefixes = kp.explain_prefixes(len(teachers) if args.teacher_prefixes else 0)
-        visits = draw_visits(token_cache.prompts(map(kp.ask, questions)), args, ranks.count)
+        visits = draw_visits(questions, token_cache, args, ranks.count)
         optimizer = torch.optim.AdamW(
             student.parameters(), betas=(0.9, 0.98), weight_decay=args.weight_decay, fused=True
         )
@@ -247,10 +247,13 @@ def open_parts(args, ranks):
     open_lm(path) loads that checkpoint, or without a path the T5 at hand: the micro world's, the
     first T5 teacher, or else the student as it starts.
     """
-    with ranks.first_alone():  # rank 0 makes the micro world, the others find it there
-        folder = Path(args.data) if args.data else prepare.prepare(args.world, args.well_read)
-        data = read_data(folder)
-        student, token_cache = load_student(args, folder, data["train"])
+    if ranks.rank > 0:
+        ranks.wait()  # for rank 0, which makes the micro world and its student
+    folder = Path(args.data) if args.data else prepare.prepare(args.world, args.well_read)
+    data = read_data(folder)
+    student, token_cache = load_student(args, folder, data["train"])
+    if ranks.rank == 0:
+        ranks.wait()
     require(not args.ood or "ood/train" in data, f"--ood: {folder} has no ood/train.jsonl")
 
     def open_lm(path):  # called later, when t5s and the student are there
@@ -351,23 +354,26 @@ def measure(args, student, token_cache, questions, prefixes):
     return {"accuracy": kp.accuracy(student, token_cache, questions, args.per_token), **best}
 
 
-def draw_visits(prompts, args, n_ranks=1):
+def draw_visits(questions, token_cache, args, n_ranks=1):
     """Return visits, where visits[step] are the rows of that step's batch. Each epoch visits
     every row once.
 
-    prompts: N lists of ids. Eight batches at a time are sorted by length and cut again, so 5 % of
-    the tokens are padding instead of 19 %.
+    Eight batches at a time are sorted by length and cut again, so 5 % of the tokens are padding
+    instead of 19 %. No other question is tokenised.
     """
     size = args.batch_size * args.accumulate * n_ranks
     n_visits = args.steps * size
-    n = len(prompts)
+    n = len(questions)
     order = []
     for epoch in range(math.ceil(n_visits / n)):
         order += random.Random(f"{args.seed} {epoch}").sample(range(n), n)
     del order[n_visits:]
     visits = []
     for start in range(0, n_visits, 8 * size):
-        rows = sorted(order[start : start + 8 * size], key=lambda row: len(prompts[row]))
+        rows = sorted(
+            order[start : start + 8 * size],
+            key=lambda row: len(token_cache.prompts([kp.ask(questions[row])])[0])
+        )
         batches = [rows[i : i + size] for i in range(0, len(rows), size)]
         visits += random.Random(f"{args.seed} {start}").sample(batches, len(batches))
     return visits
@@ -564,16 +570,15 @@ class Run:
         model.save(student, tokenizer, self.folder / "student")
         n_empty = 0
         true = []  # of the rationales whose truth is known, which are true
-        lines = []
-        for row in purifier.rows:
-            q = purifier.questions[row]
-            texts = purifier.given(row)
-            n_empty += texts.count("")
-            true += [text == q.truth for text in texts if q.truth]
-            line = dict(id=q.id, rationales=texts, probabilities=purifier.probabilities(row))
-            lines.append(json.dumps(line, ensure_ascii=False) + "\n")
-        with model.atomic(self.folder / "purified.jsonl") as temporary:
-            temporary.write_text("".join(lines), encoding="utf-8")
+        purified = self.folder / "purified.jsonl"
+        with model.atomic(purified) as temporary, open(temporary, "w", encoding="utf-8") as file:
+            for row in purifier.rows:
+                q = purifier.questions[row]
+                texts = purifier.given(row)
+                n_empty += texts.count("")
+                true += [text == q.truth for text in texts if q.truth]
+                line = dict(id=q.id, rationales=texts, probabilities=purifier.probabilities(row))
+                file.write(json.dumps(line, ensure_ascii=False) + "\n")
         ledger = purifier.teachers.ledger + purifier.ledger
         result = dict(
             purifier=self.args.purifier,
@@ -587,7 +592,7 @@ class Run:
             ledger=ledger,
             student_tokens=self.student_tokens,
             empty_rationales=n_empty,
-            seconds={stage: round(value, 2) for stage, value in self.seconds.items()},
+            seconds=self.seconds,
         )
         kept = purifier.kept()
         if kept:
@@ -632,15 +637,6 @@ class Ranks:
         """Wait for all ranks."""
         if self.count > 1:
             dist.barrier()
-
-    @contextmanager
-    def first_alone(self):
-        """Let rank 0 go through the block before the others: it makes what they only read."""
-        if self.rank != 0:
-            self.wait()
-        yield
-        if self.rank == 0:
-            self.wait()
 
     def share(self, rows):
         """Return this rank's rows of the whole batch."""
@@ -712,7 +708,11 @@ def print_result(result):
 def main(args):
     torch.backends.cuda.matmul.allow_tf32 = True  # where a GPU computes in float32
     settle(args)
-    result = train(args)
+    try:
+        result = train(args)
+    except RuntimeError as error:  # gloo tells that a process is gone by its name alone
+        require("gloo" not in str(error), "another process of this run ended; start again with --resume")
+        raise
     if dist.is_initialized():
         dist.destroy_process_group()
     if result is None:  # on a rank other than 0

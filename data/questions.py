@@ -9,7 +9,7 @@ A line: {"id": "1", "task": "science", "text": "Which is a metal?", "choices": [
 default the folder's name), and "truth", the true rationale, which only measures explanations.
 """
 
-import re
+import sys
 from pathlib import Path
 
 from tokenizers import Tokenizer, decoders
@@ -53,6 +53,7 @@ def read_questions(file, split="", taken=None):
     """
     questions = []
     taken = set() if taken is None else taken
+    folder = Path(file).resolve().parent.name
     for place, row in model.read_rows(file):
         row = row if isinstance(row, dict) else {}
         text = row.get("text", row.get("question"))
@@ -63,7 +64,7 @@ def read_questions(file, split="", taken=None):
         answer = answer_index(row.get("answer"), choices)
         why = f"is not among the {len(choices)} choices; give its text or index"
         require(answer is not None, f"{place}: the answer {row.get('answer')!r} {why}")
-        task = str(row.get("task", Path(file).resolve().parent.name))
+        task = sys.intern(str(row.get("task", folder)))  # one text for all its questions
         name = str(row.get("id", len(questions)))
         if name in taken and split:
             name = f"{split}:{name}"
@@ -71,6 +72,8 @@ def read_questions(file, split="", taken=None):
             name = f"{name}#{len(questions)}"
         taken.add(name)
         truth = str(row.get("truth", ""))
+        whole = is_text("".join((text, name, task, truth, *choices)))
+        require(whole, f"{place}: holds half a character (a lone surrogate); mend or delete it")
         questions.append(Question(name, task, text, tuple(choices), answer, truth))
     require(questions, f"{file}: holds no question; write one a line")
     return questions
@@ -86,20 +89,24 @@ def read_rationales(file, data, needed, max_words):
     """
     rationales = {}
     scores = {}
-    known = set()
+    ids = {}  # an id and itself: the question's own text, so that none is held twice
     for questions in data.values():
-        known |= {q.id for q in questions}
+        for q in questions:
+            ids[q.id] = q.id
     for place, row in model.read_rows(file):
         row = row if isinstance(row, dict) else {}
         name = str(row.get("id"))
         text = row.get("rationale")
         score = row.get("score")
         why = f"no question has the id {name!r:.80}; take the ids of train.jsonl"
-        require(name in known, f"{place}: {why}")
+        require(name in ids, f"{place}: {why}")
+        name = ids[name]
         why = f"a second rationale for question {name}; delete one"
         require(name not in rationales, f"{place}: {why}")
-        require(isinstance(text, str), f"{place}: a rationale must be a text")
-        rationales[name] = re.match(rf"(\S+\s*){{0,{max_words}}}", text.strip())[0].strip()
+        require(is_text(text), f"{place}: a rationale must be a text, without half a character")
+        text = text.strip()
+        beyond = "".join(text.split(maxsplit=max_words)[max_words:])
+        rationales[name] = text[: len(text) - len(beyond)].rstrip()
         if score is not None:
             is_score = type(score) in (int, float) and 0 <= score <= 1
             require(is_score, f"{place}: a score must be a number from 0 to 1, not {score!r:.80}")
@@ -111,6 +118,11 @@ def read_rationales(file, data, needed, max_words):
             why = f"no rationale for question {missing[0]!r} of {split}{more}; add a line"
             raise BadInput(f"{file}: {why}")
     return rationales, scores
+
+
+def is_text(value):
+    """Tell whether this is a text. JSON can hold one half of a surrogate pair, which is none."""
+    return isinstance(value, str) and value.encode(errors="ignore").decode() == value
 
 
 def are_choices(choices):

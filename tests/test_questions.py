@@ -378,7 +378,7 @@ def test_every_command_of_the_recipe_runs_with_stand_ins(tmp_path, teacher_folde
     monkeypatch.setattr(tinyllm, "TEST_SIZES", {})  # stand-ins are small
     monkeypatch.chdir(tmp_path)
     stand_ins = {"flan-t5-xl": 0, "flan-t5-small": 0, "flan-t5-large": 0, "Llama-2-7b-chat-hf": 1}
-    stand_ins |= {"BioMistral-7B-st": 2, "Llama-3.1-8B-Instruct": 3}
+    stand_ins |= {"BioMistral-7B-st": 2, "Llama-3.1-8B-Instruct": 3, "Llama-3.2-1B-Instruct": 3}
     (tmp_path / "hf").mkdir()
     for name, m in stand_ins.items():
         (tmp_path / "hf" / name).symlink_to(teacher_folders[m])
@@ -386,7 +386,7 @@ def test_every_command_of_the_recipe_runs_with_stand_ins(tmp_path, teacher_folde
     recipe = (ROOT / "data" / "tinyllm" / "README.md").read_text()
     commands = re.findall("^    python (?:-m )?(.*)", recipe, re.MULTILINE)
     commands = [command for command in commands if not command.startswith("-c")]
-    assert len(commands) == 7
+    assert len(commands) == 8
     first = commands.pop(0).split()
     monkeypatch.setattr(sys, "argv", first)
     assert first[0] == "data.tinyllm.prepare" and tinyllm.main() is None

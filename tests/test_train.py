@@ -149,10 +149,18 @@ def test_the_readme_s_sixth_purifier_works(world, teacher_folders, tmp_path, mon
 # --------------------------------------------------------------------------------- visits, rates, clock
 
 
+WORDS = SimpleNamespace(prompts=lambda texts: [text.split() for text in texts])
+
+
+def of_lengths(lengths):
+    """Return questions of so many words."""
+    return [kp.Question(str(i), "t", "word " * n, (), 0) for i, n in enumerate(lengths)]
+
+
 def test_visits_cover_every_question_as_often_in_batches_of_like_length():
     def visits(lengths, steps, seed=0):
         args = train.parse_args(["--batch-size", "4", "--steps", str(steps), "--seed", str(seed)])
-        return train.draw_visits([[0] * length for length in lengths], args)
+        return train.draw_visits(of_lengths(lengths), WORDS, args)
 
     few = visits([5] * 10, 7)
     assert [len(batch) for batch in few] == [4] * 7
@@ -171,8 +179,9 @@ def test_visits_cover_every_question_as_often_in_batches_of_like_length():
 def test_ranks_share_batches_that_are_as_many_times_as_large():
     args = train.parse_args(["--batch-size", "2", "--steps", "5"])
     twice = train.parse_args(["--batch-size", "4", "--steps", "5"])
-    prompts = [[0] * 5] * 10
-    assert train.draw_visits(prompts, args, n_ranks=2) == train.draw_visits(prompts, twice)
+    questions = of_lengths([5] * 10)
+    shared = train.draw_visits(questions, WORDS, args, n_ranks=2)
+    assert shared == train.draw_visits(questions, WORDS, twice)
 
 
 def test_the_learning_rate_warms_up_and_decays_to_zero():
