@@ -140,6 +140,14 @@ def evaluate(args):
     return shares
 
 
+def read_purified(args):
+    """Return what a run gave its student, the rows of its purified.jsonl."""
+    file = Path(args.run) / "purified.jsonl"
+    why = f"{args.run}: --show, --html and --meter need a finished run (out/RUN)"
+    require(file.exists(), why)
+    return [row for _, row in model.read_rows(file)]
+
+
 def look(args):
     """Return a close look at N training questions of a run: [(Question, what was said of it)].
 
@@ -147,14 +155,11 @@ def look(args):
     student learnt it.
     """
     require(args.data is None, "--show takes the questions of the run itself; leave --data out")
-    purified = Path(args.run) / "purified.jsonl"
-    why = f"{args.run}: --show and --html need a finished run (out/RUN)"
-    require(purified.exists(), why)
+    rows = read_purified(args)
     settings, folder, student, prefixes = open_run(args)
     data = read_data(folder)
     teachers = train.open_teachers(settings, folder, data, None, train.Ranks(args.device))
     by_id = {q.id: q for q in train.training_questions(settings, data)[0]}
-    rows = [row for _, row in model.read_rows(purified)]
     rows = random.Random(settings.seed).sample(rows, min(args.show, len(rows)))
     questions = [by_id[row["id"]] for row in rows]
     written = teachers.all_rationales(questions)
@@ -210,7 +215,7 @@ def print_line(label, text, worth="right answer"):
     print(f"\033[{code}m{text}\033[0m" if in_colour else text)
 
 
-def conflict_meter(run, device, n_pairs=64):
+def conflict_meter(args, n_pairs=64):
     """Return how far a run's rationales pull its student apart, as rows of a table: the mean cosine
     of the gradients that two of them give L_DL.
 
@@ -219,30 +224,30 @@ def conflict_meter(run, device, n_pairs=64):
     same; 0: unrelated; below 0: opposed. Measured on n_pairs pairs, with the student's first
     weights and with its last.
     """
-    why = f"{run}: --meter needs a finished run (out/RUN)"
-    require((run / "result.json").exists(), why)
-    settings = argparse.Namespace(**model.read_json(run / "config.json"))
-    settings.device = device
+    given = {row["id"]: row["rationales"] for row in read_purified(args)}
+    settings, _, (trained, token_cache), _ = open_run(args)
+    data, _, student, *_ = train.open_parts(settings, train.Ranks(args.device))
     rng = random.Random(0)
-    data, _, student, token_cache, _ = train.open_parts(settings, train.Ranks(device))
-    given = {row["id"]: row["rationales"] for _, row in model.read_rows(run / "purified.jsonl")}
     by_answer = {}
     for q in train.training_questions(settings, data)[0]:
         if given.get(q.id):
             by_answer.setdefault((q.task, q.right), []).append(q)
     groups = [group for group in by_answer.values() if len(group) > 1]
+    require(groups, f"{args.run}: no two questions with one answer were given rationales")
     pairs = [rng.sample(rng.choice(groups), 2) for _ in range(n_pairs)]
-    trained, _ = model.load(run / "student", device)
     table = []
     for when, lm in (("before training", student), ("after training", trained)):
         same_question = []
         same_answer = []
         for q, other in pairs:
+            gradients = {}  # {rationale of q: (P,)}
+            for text in given[q.id]:
+                gradients[text] = gradient(lm, token_cache, q, text)
             for text, another in combinations(given[q.id], 2):
-                same_question.append(gradient_cosine(lm, token_cache, (q, text), (q, another)))
-            first = rng.choice(given[q.id])
-            second = rng.choice(given[other.id])
-            same_answer.append(gradient_cosine(lm, token_cache, (q, first), (other, second)))
+                same_question.append(cosine(gradients[text], gradients[another]))
+            first = gradients[rng.choice(given[q.id])]
+            second = gradient(lm, token_cache, other, rng.choice(given[other.id]))
+            same_answer.append(cosine(first, second))
         row = {"cosine of gradients": when}
         if same_question:
             row["same question"] = f"{fmean(same_question):.3f}"
@@ -251,16 +256,16 @@ def conflict_meter(run, device, n_pairs=64):
     return table
 
 
-def gradient_cosine(student, token_cache, *examples):
-    """Return the cosine of the gradients of L_DL of two examples (question, rationale)."""
-    gradients = []
-    for q, text in examples:
-        student.zero_grad()
-        ids = token_cache.pairs(student, [kp.explain_prompt(q)], [text])
-        kp.sequence_losses(student, *ids).sum().backward()
-        parts = [p.grad.flatten() for p in student.parameters() if p.grad is not None]
-        gradients.append(torch.cat(parts))
-    return F.cosine_similarity(*gradients, dim=0).item()
+def gradient(student, token_cache, q, text):
+    """Return the gradient of L_DL of a question's rationale, (P,)."""
+    student.zero_grad()
+    ids = token_cache.pairs(student, [kp.explain_prompt(q)], [text])
+    kp.sequence_losses(student, *ids).sum().backward()
+    return torch.cat([p.grad.flatten() for p in student.parameters() if p.grad is not None])
+
+
+def cosine(a, b):
+    return F.cosine_similarity(a, b, dim=0).item()
 
 
 # ---------------------------------------------------------------------------------------- many runs
@@ -547,6 +552,7 @@ GREY = "#7d8590"  # it can be read on white and on black
 
 def picture(rows, over):
     """Return a table's picture, an SVG: accuracy over steps (and explanations), teachers, tokens."""
+    some = next(iter(rows.values()))
     lines = {}
     for label, runs in rows.items():
         shares = [100 * run["accuracy"]["mean"] for run in runs]
@@ -558,10 +564,10 @@ def picture(rows, over):
     panels = {"accuracy, test questions (%)": lines}
     if over == "steps":
         panels = {}
-        for measure in ("accuracy", "explains_true" if runs[0]["explains_true"] else "explains_right"):
+        for measure in ("accuracy", "explains_true" if some[0]["explains_true"] else "explains_right"):
             lines = {label: curve(runs, measure) for label, runs in rows.items()}
             panels[f"{MEASURES[measure]}, valid questions (%)"] = lines
-    n = len(runs)
+    n = len(some)
     caption = f" (mean of {n} runs, 95 % interval)" if n > 1 else ""
     return draw(panels, OVER[over] + caption)
 
@@ -720,7 +726,7 @@ def main(args):
         elif args.show:
             show(look(args))
         elif args.meter:
-            print(markdown(conflict_meter(Path(args.run), args.device)))
+            print(markdown(conflict_meter(args)))
         else:
             train.print_shares(evaluate(args))
 

@@ -209,13 +209,15 @@ NO_LIMIT = 10**9
 
 
 class TokenCache:
-    """Turn texts into lists of token ids. The last 32,768 texts are not tokenised again."""
+    """Turn texts into lists of token ids. The last KEPT texts are not tokenised again."""
+
+    KEPT = 2**17  # at most 200 MB with 40 tokens a text
 
     def __init__(self, tokenizer, max_length=MAX_LENGTH, chat="{}"):
         """chat: how a decoder-only model is addressed, see `chat_format`."""
         self.tokenizer = tokenizer
         self.max_length = max_length
-        self.ids = functools.lru_cache(32_768)(lambda text: tokenizer.encode(text).ids)
+        self.ids = functools.lru_cache(self.KEPT)(lambda text: tokenizer.encode(text).ids)
         start = "".join(map(tokenizer.id_to_token, self.ids("")))
         self.chat = chat.removeprefix(start)  # the tokenizer adds it itself
 

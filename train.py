@@ -592,7 +592,7 @@ class Run:
             ledger=ledger,
             student_tokens=self.student_tokens,
             empty_rationales=n_empty,
-            seconds=self.seconds,
+            seconds={stage: round(value, 2) for stage, value in self.seconds.items()},
         )
         kept = purifier.kept()
         if kept:

@@ -3,7 +3,8 @@
     python -m pytest tests/test_exercises.py -rs
 
 An exercise that is not solved yet is skipped. Each ends with an experiment: say beforehand what you
-expect, then run it. tests/exercises_solved.py holds one solution of each.
+expect, then run it. tests/exercises_solved.py holds a solution of the first two; the third has no one
+solution, and its test reads the table that you found.
 """
 
 from purify import Choice

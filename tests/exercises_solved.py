@@ -1,4 +1,4 @@
-"""One solution of each of tests/exercises.py."""
+"""One solution of the first two of tests/exercises.py."""
 
 from collections import Counter
 

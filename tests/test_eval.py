@@ -210,6 +210,29 @@ def test_a_close_look_is_at_the_questions_that_the_student_learnt(world, tmp_pat
     assert "url(" not in text.replace("url(#", "") and "@import" not in text
 
 
+def test_the_conflict_meter_tells_agreement_from_conflict(world, teacher_folders, tmp_path, capsys):
+    """Two teachers with the same texts teach the same: cosine 1. With others they do not."""
+    ids = [json.loads(line)["id"] for line in (world / "train.jsonl").read_text().splitlines()]
+    tables = []
+    for name, other in (("alike", "it is so"), ("apart", "whatever nurses its young is a mammal")):
+        teachers = []
+        for m, text in enumerate(("it is so", other)):
+            rows = [{"id": q, "rationale": text, "score": 0.5} for q in ids]
+            teachers.append(write_lines(tmp_path / name / f"{m}.jsonl", rows))
+        run(world, teachers, tmp_path / f"run-{name}", "--purifier", "none", "--steps", "24")
+        capsys.readouterr()
+        evaluation.main(evaluation.parse_args([str(tmp_path / f"run-{name}"), "--meter", "--device", "cpu"]))
+        lines = capsys.readouterr().out.strip().splitlines()
+        tables.append([[float(cell) for cell in line.split("|")[2:4]] for line in lines[2:]])
+    for alike, apart in zip(*tables, strict=True):  # before training, after it
+        assert alike[0] == 1 and apart[0] < 0.9
+        assert -1 <= apart[1] <= alike[1] <= 1
+
+    run(world, teachers, tmp_path / "answers", "--purifier", "answers")
+    with pytest.raises(model.BadInput, match="no two questions with one answer were given rationales"):
+        evaluation.main(evaluation.parse_args([str(tmp_path / "answers"), "--meter", "--device", "cpu"]))
+
+
 @pytest.mark.parametrize("arguments, says", [(["--jobs", "0"], "--jobs 0"), (["--seeds", "0"], "--seeds 0"), ([], "nothing to do")])
 def test_bad_arguments_end_in_one_line(arguments, says, capsys):
     with pytest.raises(model.BadInput, match=says):

@@ -4,9 +4,12 @@ import json
 from argparse import Namespace
 from collections import Counter
 from dataclasses import replace
+from pathlib import Path
+from statistics import fmean
 
 import pytest
 
+import eval as evaluation
 import exercises
 import exercises_solved
 import kp
@@ -80,3 +83,38 @@ def test_2_a_teacher_who_lies(solution, tmp_path):
     file.write_text("\n".join(json.dumps({"id": q.id, "rationale": texts[q.id], "score": 1.0}) for q in QUESTIONS[:20]))
     data = read_data(tmp_path)
     assert read_rationales(file, data, ["train"], 64) == ({q.id: texts[q.id] for q in QUESTIONS[:20]}, {q.id: 1.0 for q in QUESTIONS[:20]})
+
+
+def lead_of_tinyllm(file):
+    """Return the lower end of the 95 % interval of TinyLLM's accuracy minus the router's, in points."""
+    rows, _ = evaluation.read_tables([file])
+    of_purifier = {runs[0]["purifier"]: runs for runs in rows.values()}
+    assert {"none", "router"} <= set(of_purifier), "a row of each"
+    gaps = []
+    for tinyllm, router in zip(of_purifier["none"], of_purifier["router"], strict=True):
+        gaps.append(100 * (tinyllm["accuracy"]["mean"] - router["accuracy"]["mean"]))
+    assert len(gaps) >= 3, "three seeds or more"
+    return fmean(gaps) - evaluation.interval(gaps)
+
+
+def test_3_where_tinyllm_wins():
+    if exercises.WHERE_TINYLLM_WINS is None:
+        pytest.skip("not solved yet")
+    file = Path(__file__).parent.parent / exercises.WHERE_TINYLLM_WINS
+    assert lead_of_tinyllm(file) > 0, "it does not win by more than chance"
+
+
+def test_3_knows_a_win_from_a_chance(tmp_path):
+    def table(name, *leads):
+        runs = []
+        for seed, lead in enumerate(leads):
+            runs.append(dict(label="a", purifier="none", seed=seed, accuracy={"mean": 0.5 + lead}))
+            runs.append(dict(label="b", purifier="router", seed=seed, accuracy={"mean": 0.5}))
+        evaluation.write_table(tmp_path / name, [], runs)
+        return tmp_path / name
+
+    # 10 points on average, with a standard deviation of 1 or 20; t = 4.303 for three seeds.
+    assert lead_of_tinyllm(table("win.json", 0.09, 0.10, 0.11)) == pytest.approx(10 - 4.303 / 3**0.5)
+    assert lead_of_tinyllm(table("chance.json", -0.1, 0.1, 0.3)) < 0
+    with pytest.raises(AssertionError, match="three seeds"):
+        lead_of_tinyllm(table("few.json", 0.1, 0.1))

@@ -205,9 +205,9 @@ def make_questions(facts, seed):
             turns = itertools.cycle(pool)  # each pair in turn, as often as it takes
             places = Counter()
             draws = 0
+            why = f"too few facts for {size} questions of {task}; lower SIZES or add some"
             while places.total() < size:
                 draws += 1
-                why = f"too few facts for {size} questions of {task}; lower SIZES or add some"
                 model.require(draws < 100 * size, f"{HERE / 'facts.tsv'}: {why}")
                 name, pair = next(turns)
                 q = draw_question(rng, task, facts[name], *pair, half)
@@ -444,23 +444,24 @@ def fiction(rng, facts):
     return world
 
 
+def practice(facts, seed, prompts):
+    """Yield batches of exercises without end, from one fictional world after another."""
+    rng = random.Random(f"practice {seed}")
+    while True:
+        world = fiction(rng, facts)
+        drawn = batches(lambda: exercise(rng, world, world, prompts), rng)
+        yield from itertools.islice(drawn, STEPS_IN_EACH)
+
+
 def practise(folder, seed, steps, steps_done):
     """Pretrain the student in fictional worlds, and save it."""
     facts = read_facts()
     tokenizer = train_tokenizer(facts)
     frame(tokenizer, "$A </s>")
     student = tiny_t5(tokenizer.get_vocab_size())
-    rng = random.Random(f"practice {seed}")
-    prompts = (kp.predict_prompt, kp.explain_prompt)
-
-    def endless():
-        while True:
-            world = fiction(rng, facts)
-            drawn = batches(lambda: exercise(rng, world, world, prompts), rng)
-            yield from itertools.islice(drawn, STEPS_IN_EACH)
-
+    endless = practice(facts, seed, (kp.predict_prompt, kp.explain_prompt))
     # The rate ends at 0.2 of its peak, so that the student still learns in the last fictions.
-    train_on(student, tokenizer, endless(), steps, 0.2, steps_done)
+    train_on(student, tokenizer, endless, steps, 0.2, steps_done)
     model.save(student, tokenizer, folder)
 
 

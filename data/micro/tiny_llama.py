@@ -7,8 +7,6 @@ read, reason and learn, and knows nothing that is true. It is made when it is fi
 """
 
 import hashlib
-import itertools
-import random
 from pathlib import Path
 
 import torch
@@ -36,20 +34,18 @@ def practise(folder, seed):
     tokenizer = prepare.train_tokenizer(facts)
     torch.manual_seed(seed)
     student = prepare.new_llama(CONFIG, tokenizer)
-    rng = random.Random(f"practice {seed}")
-    asks = (lambda q: kp.WITHOUT_CHAT.format(kp.predict_prompt(q)),
-            lambda q: kp.WITHOUT_CHAT.format(kp.explain_prompt(q)))
 
-    def endless():
-        while True:
-            world = prepare.fiction(rng, facts)
-            drawn = prepare.batches(lambda: prepare.exercise(rng, world, world, asks), rng)
-            yield from itertools.islice(drawn, prepare.STEPS_IN_EACH)
+    def for_answer(q):
+        return kp.WITHOUT_CHAT.format(kp.predict_prompt(q))
 
+    def for_rationale(q):
+        return kp.WITHOUT_CHAT.format(kp.explain_prompt(q))
+
+    endless = prepare.practice(facts, seed, (for_answer, for_rationale))
     n_threads = torch.get_num_threads()
     torch.set_num_threads(1)  # the same bits on every machine
     with Bar(total=STEPS, desc="tiny-llama practises", unit="step") as bar:
-        prepare.train_on(student, tokenizer, endless(), STEPS, 0.2, bar)
+        prepare.train_on(student, tokenizer, endless, STEPS, 0.2, bar)
     torch.set_num_threads(n_threads)
     model.save(student, tokenizer, folder)
 
