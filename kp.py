@@ -17,6 +17,7 @@ import math
 import os
 import random
 import re
+from array import array
 from collections import Counter, defaultdict
 from dataclasses import dataclass
 from itertools import cycle
@@ -211,15 +212,19 @@ NO_LIMIT = 10**9
 class TokenCache:
     """Turn texts into lists of token ids. The last KEPT texts are not tokenised again."""
 
-    KEPT = 2**17  # at most 200 MB with 40 tokens a text
+    KEPT = 2**17  # 4 bytes a token
 
     def __init__(self, tokenizer, max_length=MAX_LENGTH, chat="{}"):
         """chat: how a decoder-only model is addressed, see `chat_format`."""
         self.tokenizer = tokenizer
         self.max_length = max_length
-        self.ids = functools.lru_cache(self.KEPT)(lambda text: tokenizer.encode(text).ids)
+        self.kept = functools.lru_cache(self.KEPT)(lambda text: array("i", tokenizer.encode(text).ids))
         start = "".join(map(tokenizer.id_to_token, self.ids("")))
         self.chat = chat.removeprefix(start)  # the tokenizer adds it itself
+
+    def ids(self, text):
+        """Return the ids of a text, with the tokenizer's start and end tokens."""
+        return self.kept(text).tolist()
 
     def prompts(self, texts):
         """Return the ids of prompts. What is too long loses the beginning of its context.
