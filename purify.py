@@ -602,14 +602,14 @@ class SimilarityRouter(Router):
 
     Differences from the paper and its code: f is a two-layer MLP on a frozen encoder, instead of
     the encoder itself; k-means runs on the embeddings, without t-SNE; K = 1 and lam = 0.1 instead
-    of 3 and 1 (better on held-out questions); tau = 0.1 instead of 1; "-" are all other teachers,
+    of 3 and 1 (better on held-out questions); tau = 0.3 instead of 1; "-" are all other teachers,
     not only the 3 lowest of those that score at most 0.5; question_loss takes the whole batch, not
     one + and 3 - drawn from it; training stops when the expected score on validation questions
     stops rising; and `route` uses the tau that suits these questions best (temperature scaling, Guo
     et al. 2017), which leaves the argmax as it is.
     """
 
-    tau: float = 0.1  # temperature of both losses
+    tau: float = 0.3  # temperature of both losses
     top_k: int = 1  # K, how many teachers are positive, at most M
     lam: float = 0.1  # weight of question_loss
     n_clusters: int = 5
