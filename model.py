@@ -24,6 +24,7 @@ import math
 import os
 import shutil
 import sys
+import zlib
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -929,6 +930,11 @@ def atomic(path):
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def checksum(value):
+    """Return a number that is written beside a value, to see damage by."""
+    return zlib.crc32(ascii(value).encode())  # not repr: it changes with Python's Unicode
 
 
 def write_json(path, value):
