@@ -435,7 +435,7 @@ class Run:
         found = before.get("format")
         why = f"format {found!r}, this code writes {FORMAT}; give another --out"
         require(found == FORMAT, f"{config}: {why}")
-        if self.args.resume:
+        if self.args.resume or self.ranks.restarts != "0":
             for name, value in settings.items():
                 was = before.get(name, value)
                 why = f"begun with --{name.replace('_', '-')} {was}, not {value}; --resume takes the same"
@@ -627,11 +627,20 @@ class Ranks:
     def __init__(self, device):
         self.rank = int(os.environ.get("RANK", 0))
         self.count = int(os.environ.get("WORLD_SIZE", 1))
+        self.restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # of torchrun --max-restarts
         if self.count > 1 and not dist.is_initialized():
             if device == "cuda":
                 torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
             backend = "nccl" if device == "cuda" else "gloo"
-            dist.init_process_group(backend, timeout=timedelta(days=7))  # teachers take hours
+            store, *_ = next(dist.rendezvous("env://"))
+            store = dist.PrefixStore(self.restarts, store)  # not what a dead process left there
+            dist.init_process_group(
+                backend,
+                store=store,
+                rank=self.rank,
+                world_size=self.count,
+                timeout=timedelta(days=7),  # teachers take hours
+            )
 
     def wait(self):
         """Wait for all ranks."""
