@@ -932,9 +932,12 @@ def atomic(path):
         temporary.unlink(missing_ok=True)
 
 
-def checksum(value):
-    """Return a number that is written beside a value, to see damage by."""
-    return zlib.crc32(ascii(value).encode())  # not repr: it changes with Python's Unicode
+def checksum(value, tensors={}):
+    """Return a text that is written beside a value, and {name: tensor}, to see damage by."""
+    parts = [value]
+    for name, tensor in sorted(tensors.items()):
+        parts.append((name, tensor.shape, zlib.crc32(tensor.cpu().numpy())))
+    return hex(zlib.crc32(ascii(parts).encode()))  # not repr: it changes with Python's Unicode
 
 
 def write_json(path, value):

@@ -543,15 +543,21 @@ class Run:
             log_bytes=self.metrics.stat().st_size,
             seconds=self.seconds,
         )
+        text = json.dumps(progress)
         with model.atomic(self.checkpoint) as temporary:
-            save_file(tensors, temporary, {"progress": json.dumps(progress)})
+            about = {"progress": text, "checksum": model.checksum(text, tensors)}
+            save_file(tensors, temporary, about)
 
     def restore(self, student, optimizer, purifier):
         """Go back to the checkpoint, if there is one. Return the first step that is left."""
         if not self.checkpoint.exists():
             return 0
         tensors, metadata = model.read_tensors(self.checkpoint)
-        progress = json.loads(metadata["progress"])
+        text = metadata.get("progress", "")
+        why = "damaged, or of another version; start anew with --overwrite"
+        whole = metadata.get("checksum") == model.checksum(text, tensors)
+        require(whole, f"{self.checkpoint}: {why}")
+        progress = json.loads(text)
         model.restore_state(tensors, student=student, optimizer=optimizer)
         purifier.restore(model.part_of(tensors, "purifier"), progress["step"])
         self.seconds.update(progress["seconds"])
