@@ -464,6 +464,8 @@ class Run:
         self.bar = tqdm(range(first, n), name, initial=first, total=n, unit="step")
         for step in self.bar:
             yield step
+            if self.ranks.count > 1 and os.getppid() != self.ranks.parent:
+                signals.append(signal.SIGTERM)  # torchrun was killed, and can end nobody
             stopping = max(self.ranks.collect(max(signals)))  # for all ranks the same
             if stopping or self.evaluates(step):
                 self.save(step + 1, student, optimizer, purifier)
@@ -633,6 +635,7 @@ class Ranks:
     def __init__(self, device):
         self.rank = int(os.environ.get("RANK", 0))
         self.count = int(os.environ.get("WORLD_SIZE", 1))
+        self.parent = os.getppid()
         self.restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # of torchrun --max-restarts
         if self.count > 1 and not dist.is_initialized():
             if device == "cuda":

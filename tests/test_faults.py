@@ -252,12 +252,32 @@ def torchrun_starts_a_killed_rank_again(world, folder):
     assert paid(folder / "killed") == paid(folder / "whole")
 
 
+def a_killed_torchrun_takes_its_ranks_along(world, folder):
+    how = ["--purifier", "answers", "--steps", 10**5, "--eval-every", 2]
+    process = start(*given(world, folder, *how), launcher=TWO_RANKS)
+    checkpoint = folder / "run" / "checkpoint.safetensors"
+    while not checkpoint.exists():
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.05)
+    ranks = ranks_of(process)
+    process.kill()
+    try:
+        _, error = process.communicate(timeout=60)  # until the ranks have let go of it
+        line = error.strip().splitlines()[-1]
+        assert line.startswith("stopped after step") and "--resume" in line
+    finally:
+        for pid in ranks:
+            if Path(f"/proc/{pid}").exists():
+                os.kill(pid, signal.SIGKILL)
+
+
 SLOW = [
     (kills_at_random_moments_change_nothing, "rl", 7),
     (kills_at_random_moments_change_nothing, "router", 6),
     (a_killed_preparation_of_the_micro_world_goes_on,),
     (a_first_torchrun_makes_the_micro_world,),
     (torchrun_starts_a_killed_rank_again,),
+    (a_killed_torchrun_takes_its_ranks_along,),
     (a_full_disk_ends_in_one_line_and_can_be_gone_on_from,),
     (two_runs_share_a_cache_but_not_a_folder,),
     (a_signal_saves_and_says_how_to_go_on, signal.SIGINT, 130),
