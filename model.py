@@ -1009,7 +1009,7 @@ def checked(config, defaults):
     for key, default in defaults.items():
         value = config[key]
         kind = type(default)
-        if key.endswith("token_id"):
+        if key in ("pad_token_id", "eos_token_id"):
             ok = all(type(i) is int for i in as_list(value))
         elif kind in (bool, str):
             ok = type(value) is kind

@@ -368,6 +368,7 @@ T5 = [  # what is done to a copy of the T5 teacher -> what the line says
     (setting(d_model=10**9), "d_model must be"),
     (setting(num_heads=-1), "num_heads must be"),
     (setting(vocab_size=20), "vocab_size 20"),
+    (setting(decoder_start_token_id=None), "decoder_start_token_id must be"),
     (writing("tokenizer.json", "no"), "tokenizer.json: not a tokenizer"),
     (deleting("tokenizer.json"), "tokenizer.json: no such file"),
     (cut_short, "not a whole safetensors"),
