@@ -389,7 +389,7 @@ def learning_rate(step, args):
 
 # ----------------------------------------------------------------------------------- a run's folder
 
-FORMAT = 3  # of a run's folder; another is refused, not misread
+FORMAT = 3  # of a run's folder; one of another format is not gone on with
 LOG_EVERY = 20  # steps between writes of the log: each waits for the device
 
 
@@ -431,10 +431,7 @@ class Run:
         config = self.folder / "config.json"
         settings = {"format": FORMAT, **vars(self.args)}
         del settings["resume"], settings["overwrite"]
-        before = model.read_json(config) if config.exists() else settings
-        found = before.get("format")
-        why = f"format {found!r}, this code writes {FORMAT}; give another --out"
-        require(found == FORMAT, f"{config}: {why}")
+        before = model.read_config(self.folder) if config.exists() else settings
         if self.args.resume or self.ranks.restarts != "0":
             for name, value in settings.items():
                 was = before.get(name, value)
@@ -555,7 +552,7 @@ class Run:
         if not self.checkpoint.exists():
             return 0
         tensors, metadata = model.read_tensors(self.checkpoint)
-        text = metadata.get("progress", "")
+        text = metadata.get("progress")
         why = "damaged, or of another version; start anew with --overwrite"
         whole = metadata.get("checksum") == model.checksum(text, tensors)
         require(whole, f"{self.checkpoint}: {why}")
@@ -641,11 +638,10 @@ class Ranks:
             if device == "cuda":
                 torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
             backend = "nccl" if device == "cuda" else "gloo"
-            store, *_ = next(dist.rendezvous("env://"))
-            store = dist.PrefixStore(self.restarts, store)  # not what a dead process left there
+            store, *_ = next(dist.rendezvous("env://"))  # it may hold keys of processes that ended
             dist.init_process_group(
                 backend,
-                store=store,
+                store=dist.PrefixStore(self.restarts, store),
                 rank=self.rank,
                 world_size=self.count,
                 timeout=timedelta(days=7),  # teachers take hours

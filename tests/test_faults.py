@@ -453,11 +453,11 @@ def test_a_loss_that_is_not_finite_stops_the_run(world, tmp_path, capsys):
     assert not (tmp_path / "run" / "student").exists()
 
 
-def test_a_run_of_another_format_is_refused(world, tmp_path, capsys):
+def test_a_run_of_another_format_is_not_gone_on_with(world, tmp_path, capsys):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "config.json").write_text('{"format": 99}')
-    line = one_line(given(world, tmp_path, "--overwrite"), capsys)
-    assert "format 99, this code writes 3" in line
+    line = one_line(given(world, tmp_path, "--resume"), capsys)
+    assert "begun with --format 99, not 3" in line
 
 
 def soak(world, folder, purifier, number, launcher, more):
