@@ -102,7 +102,7 @@ def kill_until_done(world, folder, purifier, seed, kills, longest, launcher=(), 
             if pids:  # else torchrun has not started them yet, or they have just ended
                 os.kill(draw.choice(pids), signal.SIGKILL)
                 done += 1
-        process.communicate(timeout=60)
+        process.communicate(timeout=300)
     code, error = finish(*arguments, launcher=launcher)
     assert code == 0, error
 
@@ -481,7 +481,7 @@ if __name__ == "__main__":
         how = [(), ()]
         purifiers = ["router", "rl", "none", "classifier", "aggregate"]
     elif sys.argv[1:2] == ["--ranks"]:
-        how = [TWO_RANKS, ["--steps", "60"]]
+        how = [TWO_RANKS, ["--steps", "30"]]
         purifiers = ["router", "rl", "none"]
     else:
         sys.exit(__doc__)
