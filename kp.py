@@ -584,7 +584,6 @@ class Asking:
 
 
 ONE_PROCESS = SimpleNamespace(rank=0, count=1, wait=lambda: None)  # train.Ranks without torchrun
-FORMAT = 2  # of the cache's records; another is refused, not misread
 TRIED = 16  # training questions of a task, among which a teacher finds its examples
 
 
@@ -741,8 +740,9 @@ class CheckpointTeacher:
                     answers = self.write([ids[row] for row in rows])
                 for row, answer in zip(rows, answers):
                     read = len(ids[row]) + sum(answer.get("lengths", ()))
-                    record = dict(format=FORMAT, key=keys[row], read=read, **answer)
-                    line = json.dumps(record, ensure_ascii=False)
+                    record = dict(key=keys[row], read=read, **answer)
+                    checked = {**record, "checksum": model.checksum(record)}
+                    line = json.dumps(checked, ensure_ascii=False)
                     file.write(f"\n{line}\n".encode())  # the first \n ends a line torn before
                     file.flush()
                     self.said[keys[row]] = record
@@ -776,7 +776,7 @@ def fingerprint(files):
 
 def read_cache(file):
     """Return what a teacher has said, {key: record}. A line that a kill or a full disk tore is no
-    record.
+    record. Raise BadInput at one that is whole and not as it was written.
     """
     lines = file.read_bytes().split(b"\n") if file.exists() else []
     records = {}
@@ -785,9 +785,9 @@ def read_cache(file):
             record = json.loads(line)
         except ValueError:
             continue
-        found = record.get("format")
-        why = f"format {found!r}, this code reads {FORMAT}; give another --cache"
-        require(found == FORMAT, f"{file}:{number}: {why}")
+        check = isinstance(record, dict) and record.pop("checksum", None)
+        why = "damaged, or of another format; delete the line or give another --cache"
+        require(check == model.checksum(record), f"{file}:{number}: {why}")
         records[record["key"]] = record
     return records
 

@@ -390,7 +390,7 @@ def learning_rate(step, args):
 
 # ----------------------------------------------------------------------------------- a run's folder
 
-FORMAT = 3  # of a run's folder; another is refused, not misread
+FORMAT = 3  # of a run's folder; one of another format is not gone on with
 LOG_EVERY = 20  # steps between writes of the log: each waits for the device
 
 
@@ -432,11 +432,8 @@ class Run:
         config = self.folder / "config.json"
         settings = {"format": FORMAT, **vars(self.args)}
         del settings["resume"], settings["overwrite"]
-        before = model.read_json(config) if config.exists() else settings
-        found = before.get("format")
-        why = f"format {found!r}, this code writes {FORMAT}; give another --out"
-        require(found == FORMAT, f"{config}: {why}")
-        if self.args.resume:
+        before = model.read_config(self.folder) if config.exists() else settings
+        if self.args.resume or self.ranks.restarts != "0":
             for name, value in settings.items():
                 was = before.get(name, value)
                 why = f"begun with --{name.replace('_', '-')} {was}, not {value}; --resume takes the same"
@@ -465,6 +462,8 @@ class Run:
         self.bar = tqdm(range(first, n), name, initial=first, total=n, unit="step")
         for step in self.bar:
             yield step
+            if self.ranks.count > 1 and os.getppid() != self.ranks.parent:
+                signals.append(signal.SIGTERM)  # torchrun was killed, and can end nobody
             stopping = max(self.ranks.collect(max(signals)))  # for all ranks the same
             if stopping or self.evaluates(step):
                 self.save(step + 1, student, optimizer, purifier)
@@ -544,15 +543,21 @@ class Run:
             log_bytes=self.metrics.stat().st_size,
             seconds=self.seconds,
         )
+        text = json.dumps(progress)
         with model.atomic(self.checkpoint) as temporary:
-            save_file(tensors, temporary, {"progress": json.dumps(progress)})
+            about = {"progress": text, "checksum": model.checksum(text, tensors)}
+            save_file(tensors, temporary, about)
 
     def restore(self, student, optimizer, purifier):
         """Go back to the checkpoint, if there is one. Return the first step that is left."""
         if not self.checkpoint.exists():
             return 0
         tensors, metadata = model.read_tensors(self.checkpoint)
-        progress = json.loads(metadata["progress"])
+        text = metadata.get("progress")
+        why = "damaged, or of another version; start anew with --overwrite"
+        whole = metadata.get("checksum") == model.checksum(text, tensors)
+        require(whole, f"{self.checkpoint}: {why}")
+        progress = json.loads(text)
         model.restore_state(tensors, student=student, optimizer=optimizer)
         purifier.restore(model.part_of(tensors, "purifier"), progress["step"])
         self.seconds.update(progress["seconds"])
@@ -628,11 +633,20 @@ class Ranks:
     def __init__(self, device):
         self.rank = int(os.environ.get("RANK", 0))
         self.count = int(os.environ.get("WORLD_SIZE", 1))
+        self.parent = os.getppid()
+        self.restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # of torchrun --max-restarts
         if self.count > 1 and not dist.is_initialized():
             if device == "cuda":
                 torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
             backend = "nccl" if device == "cuda" else "gloo"
-            dist.init_process_group(backend, timeout=timedelta(days=7))  # teachers take hours
+            store, *_ = next(dist.rendezvous("env://"))  # it may hold keys of processes that ended
+            dist.init_process_group(
+                backend,
+                store=dist.PrefixStore(self.restarts, store),
+                rank=self.rank,
+                world_size=self.count,
+                timeout=timedelta(days=7),  # teachers take hours
+            )
 
     def wait(self):
         """Wait for all ranks."""

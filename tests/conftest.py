@@ -62,10 +62,12 @@ def open_teachers(folders, cache, asking=kp.Asking(), examples=()):
     return kp.Teachers([kp.CheckpointTeacher(folder, cache, asking, examples) for folder in folders])
 
 
+TWO_RANKS = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+
+
 def torchrun(script, *arguments, timeout=200):
     """Run a script in two processes, as on two GPUs."""
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    command = [sys.executable, *launcher, str(script), *map(str, arguments)]
+    command = [sys.executable, *TWO_RANKS, str(script), *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, timeout=timeout, env=ONE_THREAD)
 
 

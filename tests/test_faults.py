@@ -4,6 +4,7 @@ It starts the commands as a user would.
 
     python -m pytest tests/test_faults.py                 # a dozen kills
     python tests/test_faults.py --long                    # the soak: 100 kills
+    python tests/test_faults.py --ranks                   # 60 kills of one rank of two
 """
 
 import json
@@ -22,7 +23,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ONE_THREAD, ROOT, make_world, read_lines, torchrun
+from conftest import ONE_THREAD, ROOT, TWO_RANKS, make_world, read_lines, torchrun
 from safetensors.torch import load_file, save_file
 
 import model
@@ -32,8 +33,8 @@ SHORT = ["--steps", "12", "--batch-size", "2", "--eval-every", "2"]
 SHORT += ["--max-new-tokens", "16", "--fit-questions", "16"]
 
 
-def start(*arguments, **options):
-    command = [sys.executable, str(ROOT / "train.py"), *map(str, arguments)]
+def start(*arguments, launcher=(), **options):
+    command = [sys.executable, *launcher, str(ROOT / "train.py"), *map(str, arguments)]
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     return subprocess.Popen(command, env=ONE_THREAD, **pipes, **options)
 
@@ -75,22 +76,36 @@ def paid(folder):
     return len(answers), len(set(answers))
 
 
-def kill_until_done(world, folder, purifier, seed, kills, longest):
-    """Start the run and kill -9 it at a random moment, `kills` times; then let it end."""
+def ranks_of(process):
+    """Return the process ids of the ranks that this torchrun has started, in their order."""
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    return [int(pid) for pid in children if b"train.py" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+
+
+def kill_until_done(world, folder, purifier, seed, kills, longest, launcher=(), more=()):
+    """Start the run and kill -9 it at a random moment, `kills` times; then let it end. With a
+    launcher one of its ranks is killed.
+    """
     draw = random.Random(seed)
-    arguments = given(world, folder, "--purifier", purifier, "--resume")
+    arguments = given(world, folder, "--purifier", purifier, "--resume", *more)
     done = 0
     while done < kills:
-        process = start(*arguments)
+        from_nothing = not (folder / "run").exists()
+        began = time.time()
+        process = start(*arguments, launcher=launcher)
         try:
             process.wait(draw.uniform(0.1, longest))
             assert process.returncode == 0, process.stderr.read()
             shutil.rmtree(folder / "run")  # faster than the kill: once more, with teachers paid
+            if from_nothing:
+                longest = min(longest, time.time() - began)
         except subprocess.TimeoutExpired:
-            process.kill()
-            done += 1
-        process.communicate()
-    code, error = finish(*arguments)
+            pids = ranks_of(process) if launcher else [process.pid]
+            if pids:  # else torchrun has not started them yet, or they have just ended
+                os.kill(draw.choice(pids), signal.SIGKILL)
+                done += 1
+        process.communicate(timeout=600)
+    code, error = finish(*arguments, launcher=launcher)
     assert code == 0, error
 
 
@@ -223,11 +238,50 @@ def a_first_torchrun_makes_the_micro_world(world, folder):
     assert process.stdout.count("making the micro world") == process.stdout.count("test accuracy") == 1
 
 
+def torchrun_starts_a_killed_rank_again(world, folder):
+    """The ranks go on from the last checkpoint by themselves, without --resume."""
+    how = ["--purifier", "rl", "--steps", "10"]
+    code, error = finish(*given(world, folder / "whole", *how), launcher=TWO_RANKS)
+    assert code == 0, error
+    again = [*TWO_RANKS, "--max-restarts", "3"]
+    process = start(*given(world, folder / "killed", *how), launcher=again)
+    while not (folder / "killed" / "run" / "checkpoint.safetensors").exists():
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.01)
+    os.kill(ranks_of(process)[0], signal.SIGKILL)
+    _, error = process.communicate(timeout=120)
+    assert process.returncode == 0 and "exitcode: -9" in error, error
+    assert outcome(folder / "killed") == outcome(folder / "whole")
+    assert ledger(folder / "killed") == ledger(folder / "whole")
+    assert paid(folder / "killed") == paid(folder / "whole")
+
+
+def a_killed_torchrun_takes_its_ranks_along(world, folder):
+    how = ["--purifier", "answers", "--steps", 10**5, "--eval-every", 2]
+    process = start(*given(world, folder, *how), launcher=TWO_RANKS)
+    checkpoint = folder / "run" / "checkpoint.safetensors"
+    while not checkpoint.exists():
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.05)
+    ranks = ranks_of(process)
+    process.kill()
+    try:
+        _, error = process.communicate(timeout=60)  # until the ranks have let go of it
+        line = error.strip().splitlines()[-1]
+        assert line.startswith("stopped after step") and "--resume" in line
+    finally:
+        for pid in ranks:
+            if Path(f"/proc/{pid}").exists():
+                os.kill(pid, signal.SIGKILL)
+
+
 SLOW = [
     (kills_at_random_moments_change_nothing, "rl", 7),
     (kills_at_random_moments_change_nothing, "router", 6),
     (a_killed_preparation_of_the_micro_world_goes_on,),
     (a_first_torchrun_makes_the_micro_world,),
+    (torchrun_starts_a_killed_rank_again,),
+    (a_killed_torchrun_takes_its_ranks_along,),
     (a_full_disk_ends_in_one_line_and_can_be_gone_on_from,),
     (two_runs_share_a_cache_but_not_a_folder,),
     (a_signal_saves_and_says_how_to_go_on, signal.SIGINT, 130),
@@ -318,6 +372,7 @@ T5 = [  # what is done to a copy of the T5 teacher -> what the line says
     (setting(d_model=10**9), "d_model must be"),
     (setting(num_heads=-1), "num_heads must be"),
     (setting(vocab_size=20), "vocab_size 20"),
+    (setting(decoder_start_token_id=None), "decoder_start_token_id must be"),
     (writing("tokenizer.json", "no"), "tokenizer.json: not a tokenizer"),
     (deleting("tokenizer.json"), "tokenizer.json: no such file"),
     (cut_short, "not a whole safetensors"),
@@ -402,18 +457,19 @@ def test_a_loss_that_is_not_finite_stops_the_run(world, tmp_path, capsys):
     assert not (tmp_path / "run" / "student").exists()
 
 
-def test_a_run_of_another_format_is_refused(world, tmp_path, capsys):
+def test_a_run_of_another_format_is_not_gone_on_with(world, tmp_path, capsys):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "config.json").write_text('{"format": 99}')
-    line = one_line(given(world, tmp_path, "--overwrite"), capsys)
-    assert "format 99, this code writes 3" in line
+    line = one_line(given(world, tmp_path, "--resume"), capsys)
+    assert "begun with --format 99, not 3" in line
 
 
-def soak(world, folder, purifier, number):
+def soak(world, folder, purifier, number, launcher, more):
     began = time.time()
-    code, error = finish(*given(world, folder / "whole", "--purifier", purifier))
+    code, error = finish(*given(world, folder / "whole", "--purifier", purifier, *more), launcher=launcher)
     assert code == 0, error
-    kill_until_done(world, folder / "killed", purifier, number, 20, longest=time.time() - began)
+    longest = time.time() - began
+    kill_until_done(world, folder / "killed", purifier, number, 20, longest, launcher, more)
     assert outcome(folder / "killed") == outcome(folder / "whole")
     assert ledger(folder / "killed") == ledger(folder / "whole")
     n_paid, n_different = paid(folder / "killed")
@@ -423,9 +479,15 @@ def soak(world, folder, purifier, number):
 
 
 if __name__ == "__main__":
-    assert sys.argv[1:2] == ["--long"], __doc__
+    if sys.argv[1:2] == ["--long"]:
+        how = [(), ()]
+        purifiers = ["router", "rl", "none", "classifier", "aggregate"]
+    elif sys.argv[1:2] == ["--ranks"]:
+        how = [TWO_RANKS, ["--steps", "30"]]
+        purifiers = ["router", "rl", "none"]
+    else:
+        sys.exit(__doc__)
     with tempfile.TemporaryDirectory() as name:
         world = make_world(Path(name) / "world")
-        purifiers = sys.argv[2:] or ["router", "rl", "none", "classifier", "aggregate"]
-        for number, purifier in enumerate(purifiers):
-            soak(world, Path(name) / purifier, purifier, number)
+        for number, purifier in enumerate(sys.argv[2:] or purifiers):
+            soak(world, Path(name) / purifier, purifier, number, *how)

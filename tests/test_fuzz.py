@@ -51,7 +51,13 @@ def drop(draw, data):
 
 
 def odd_value(draw, data):
-    """Put an odd value at a random place of a JSON file, or of a line of one."""
+    """Put an odd value at a random place of a JSON file, of a line of one, or of a safetensors header;
+    or rename or delete something there.
+    """
+    n = int.from_bytes(data[:8], "little")
+    if n < len(data):
+        header = odd_value(draw, data[8 : 8 + n])
+        return len(header).to_bytes(8, "little") + header + data[8 + n :]
     lines = data.split(b"\n")
     number = draw.randrange(len(lines))
     try:
@@ -69,8 +75,11 @@ def odd_value(draw, data):
     while isinstance(within[key], (dict, list)) and within[key] and draw.random() < 0.8:
         within = within[key]
         key = draw.choice(list(within)) if isinstance(within, dict) else draw.randrange(len(within))
-    if draw.random() < 0.2 and within is not top:
+    chance = draw.random()
+    if chance < 0.2 and within is not top:
         del within[key]
+    elif chance < 0.3 and within is not top and isinstance(within, dict):
+        within[f"{key}x"] = within.pop(key)
     else:
         within[key] = draw.choice(ODD)
     lines[number] = json.dumps(top[""]).encode()
@@ -102,11 +111,19 @@ def make_targets(world, folder):
     optimizer = torch.optim.AdamW(student.parameters())
     kp.dual_loss(student, token_cache, questions, [["So."], ["So."]], 1.0).total.backward()
     optimizer.step()
-    tensors = model.state_of(student=student, optimizer=optimizer)
-    checkpoint = folder / "run" / "checkpoint.safetensors"
-    checkpoint.parent.mkdir()
-    progress = dict(step=2, student_tokens=9, log_bytes=0, seconds={"train": 1.0})
-    save_file(tensors, checkpoint, {"progress": json.dumps(progress)})
+    run = a_run(folder / "run")
+    run.save(2, student, optimizer, PicksOnly())
+
+    asking = kp.Asking(max_new_tokens=8)
+
+    def ask_again():
+        teacher = kp.CheckpointTeacher(t5, folder / "cache", asking)
+        assert all(0 <= score <= 1 for score in teacher.scores(data["train"][:8]))
+        token_cache.targets(teacher.rationales(data["train"][:8]))
+        json.dumps(teacher.ledger)
+        return teacher.file
+
+    said = ask_again()
 
     def loss_of(student, token_cache, questions):
         return kp.dual_loss(student, token_cache, questions, [[q.text] for q in questions], 1.0)
@@ -126,7 +143,8 @@ def make_targets(world, folder):
         loss_of(*kp.open_student(path), questions[:1])
 
     def restore():
-        train.Run.restore(a_run(checkpoint), student, optimizer, NoPurifier())
+        a_run(folder / "run").restore(student, optimizer, PicksOnly())
+        optimizer.step()
 
     return {
         world / "train.jsonl": read_questions,
@@ -136,7 +154,8 @@ def make_targets(world, folder):
         t5 / "tokenizer_config.json": open_t5,
         t5 / "model.safetensors": open_t5,
         index: lambda: open_t5(sharded),
-        checkpoint: restore,
+        run.checkpoint: restore,
+        said: ask_again,
     }
 
 
@@ -144,19 +163,25 @@ def vars_of(q):
     return [q.id, q.task, q.text, q.choices, q.truth]
 
 
-class NoPurifier:
+class PicksOnly:
+    def state(self):
+        return {"picks": torch.zeros(3)}
+
     def restore(self, state, step):
-        pass
+        state["picks"][step]
 
 
-def a_run(checkpoint):
-    """Return what of a train.Run its `restore` looks at."""
+def a_run(folder):
+    """Return what of a train.Run its `save` and `restore` look at."""
     run = object.__new__(train.Run)
-    run.checkpoint = checkpoint
-    run.metrics = checkpoint.parent / "metrics.jsonl"
+    run.checkpoint = folder / "checkpoint.safetensors"
+    run.metrics = folder / "metrics.jsonl"
+    folder.mkdir(exist_ok=True)
     run.metrics.touch()
     run.ranks = kp.ONE_PROCESS
-    run.seconds = {}
+    run.seconds = {"train": 1.0}
+    run.student_tokens = 9
+    run.pending = []
     return run
 
 
@@ -181,7 +206,7 @@ def targets(world, tmp_path_factory):
     return make_targets(world, tmp_path_factory.mktemp("fuzz"))
 
 
-@pytest.mark.parametrize("number", range(8))
+@pytest.mark.parametrize("number", range(9))
 def test_a_damaged_file_is_read_or_refused(targets, number):
     file, read = list(targets.items())[number]
     read()
@@ -191,13 +216,34 @@ def test_a_damaged_file_is_read_or_refused(targets, number):
     assert refused > 3
 
 
+@pytest.mark.parametrize("name", ["student.shared.weight", "optimizer.3.exp_avg", "purifier.picks", "progress"])
+@pytest.mark.parametrize("how", ["without", "renamed", "changed"])
+def test_a_checkpoint_that_is_not_as_it_was_saved_is_refused(targets, name, how):
+    """It is a good safetensors file: what is wrong with it would show at a later step, or never."""
+    (file,) = [file for file in targets if file.name == "checkpoint.safetensors"]
+    whole = file.read_bytes()
+    tensors, about = model.read_tensors(file)
+    part = about if name == "progress" else tensors
+    value = part.pop(name)
+    if how == "renamed":
+        part[f"{name}x"] = value
+    elif how == "changed":
+        part[name] = value.replace("2", "3") if part is about else value + 1
+    try:
+        save_file(tensors, file, about)
+        with pytest.raises(model.BadInput, match="checkpoint.safetensors: damaged, .*--overwrite"):
+            targets[file]()
+    finally:
+        file.write_bytes(whole)
+
+
 def main(n):
     with tempfile.TemporaryDirectory() as folder:
         world = make_world(Path(folder) / "world")
         for file, read in make_targets(world, Path(folder) / "fuzz").items():
             seen = {}
             refused = 0
-            for seed in range(1000, 1000 + n // 8):
+            for seed in range(1000, 1000 + n // 9):
                 try:
                     refused += damage(file, read, seed)
                 except Exception as error:
@@ -206,7 +252,7 @@ def main(n):
                         place = place.tb_next
                     where = f"{type(error).__name__} {Path(place.tb_frame.f_code.co_filename).name}:{place.tb_lineno}"
                     seen.setdefault(where, []).append((seed, str(error)[:90]))
-            print(f"{file.name}: {n // 8} mutations, {refused} refused", flush=True)
+            print(f"{file.name}: {n // 9} mutations, {refused} refused", flush=True)
             for where, errors in seen.items():
                 print("   ", where, len(errors), errors[0], flush=True)
 

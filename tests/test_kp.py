@@ -527,13 +527,17 @@ def test_a_torn_last_line_is_cut_off(world, teacher_folders, tmp_path):
     assert len(once_more.teachers[1].said) == 4
 
 
-def test_a_cache_of_another_format_is_refused(world, teacher_folders, tmp_path):
-    file = open_teachers(teacher_folders, tmp_path).teachers[2].file
-    file.parent.mkdir()
-    file.write_text('{"format": 1, "key": "x"}\n')
-    says = "said.jsonl:1: format 1, this code reads 2; give another --cache"
-    with pytest.raises(BadInput, match=says):
-        open_teachers(teacher_folders, tmp_path)
+def test_a_cache_of_another_format_or_damaged_is_refused(world, teacher_folders, tmp_path):
+    questions = read_questions(world / "train.jsonl")[:1]
+    teacher = kp.CheckpointTeacher(teacher_folders[2], tmp_path, kp.Asking(max_new_tokens=8))
+    teacher.rationales(questions)
+    whole = teacher.file.read_text()
+    one_more = whole.replace('"wrote": ', '"wrote": 1')
+    for damaged in ('{"format": 2, "key": "x"}', "null", "[]", one_more):
+        teacher.file.write_text(f"\n{damaged.strip()}\n")
+        says = "said.jsonl:2: damaged, or of another format; delete the line or give another --cache"
+        with pytest.raises(BadInput, match=says):
+            open_teachers(teacher_folders, tmp_path)
 
 
 # ------------------------------------------------------------------------- chat formats and truncation

@@ -295,7 +295,7 @@ def test_a_checkpoint_s_header_does_not_grow_with_the_visits(
     assert len(lengths) == 3  # after 80, 160 and 240 visits
     assert max(lengths) - min(lengths) <= 64  # some digits
     for _, metadata in headers:
-        assert set(metadata) == {"progress"}
+        assert set(metadata) == {"progress", "checksum"}
         progress = json.loads(metadata["progress"])
         assert set(progress) == {"step", "student_tokens", "log_bytes", "seconds"}
         assert len(metadata["progress"]) < 300
