@@ -223,12 +223,12 @@ def settle(args):
     args.device = args.device or devices[0]
     require(args.device in devices, f"--device {args.device}: no such device here; take cpu")
     in_micro_world = args.data is None
-    lr = 6e-3 if in_micro_world else 1.5e-3
+    tiny_lr = 6e-3 if in_micro_world else 1.5e-3
     defaults = dict(
         dtype="bfloat16" if args.device == "cuda" else "float32",
         out=f"out/{args.purifier}{'-ood' if args.ood else ''}-{args.seed}",
         lam=16.0 if in_micro_world else 1.0,
-        lr=lr if args.student in ("tiny", "tiny-llama") else 3e-4,
+        lr=tiny_lr if args.student in ("tiny", "tiny-llama") else 3e-4,
         shots=0 if in_micro_world else 2,
         explain=10**9 if in_micro_world else 100,
         max_new_tokens=64 if in_micro_world else 256,
