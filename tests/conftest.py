@@ -62,9 +62,9 @@ def open_teachers(folders, cache, asking=kp.Asking(), examples=()):
     return kp.Teachers([kp.CheckpointTeacher(folder, cache, asking, examples) for folder in folders])
 
 
-def torchrun(script, *arguments, timeout=200):
+def torchrun(script, *arguments, timeout=200, processes=2):
     """Run a script in two processes, as on two GPUs."""
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
     command = [sys.executable, *launcher, str(script), *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, timeout=timeout, env=ONE_THREAD)
 

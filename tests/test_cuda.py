@@ -4,16 +4,14 @@ Tests that need CUDA skip without it. Run them with: python -m pytest tests/test
 """
 
 import contextlib
-import os
-import subprocess
-import sys
+from statistics import fmean
 
 import pytest
 import torch
-import torch.nn.functional as F
-from conftest import ROOT, read_lines
+from conftest import ROOT, read_lines, torchrun
 from test_model import DECODERS, ENCODER_DECODERS, N, close, load, pad, trimmed
 from test_train import on, result_of
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
@@ -187,6 +185,13 @@ QUESTIONS = [kp.Question("1", "t", "birds", ("heat", "the eggs"), 0), kp.Questio
 RATIONALES = [["the mammals swim", "birds lay eggs"], ["copper", ""]]
 
 
+def without_dropout(lm, tokenizer):
+    for module in lm.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    return lm, tokenizer
+
+
 def one_loss(lm, tokenizer):
     lm.train()
     token_cache = kp.TokenCache(tokenizer, chat=kp.WITHOUT_CHAT)
@@ -198,14 +203,10 @@ def one_loss(lm, tokenizer):
 @pytest.mark.parametrize("name", ["flan-t5", "llama-3.1", "mistral-window", "qwen3"])
 def test_nothing_waits_between_batch_and_step(name, recompute, there):
     """The loss, its gradients and their norm; and they are the CPU's."""
-    lm, tokenizer = opened(name)
-    lm.config["dropout_rate"] = 0.0
-    far, _ = opened(name, "meta")
-    for net in (lm, far):
-        net.recompute = recompute
-        for module in net.modules():
-            if isinstance(module, torch.nn.Dropout):
-                module.p = 0.0
+    lm, tokenizer = without_dropout(*opened(name))
+    far, _ = without_dropout(*opened(name, "meta"))
+    lm.recompute = recompute
+    far.recompute = recompute
     want = one_loss(lm, tokenizer)
     want.total.backward()
     there.waits.clear()
@@ -220,3 +221,277 @@ def test_nothing_waits_between_batch_and_step(name, recompute, there):
         assert (p.grad is None) == (q.grad is None), place
         if q.grad is not None:
             close(p.grad.cpu(), q.grad, atol=1e-4)
+
+
+# ------------------------------------------------------------------------------ whole runs, without a GPU
+
+SHORT = ["--steps", "2", "--batch-size", "4", "--max-new-tokens", "8", "--explain", "2"]
+
+
+@pytest.fixture
+def run(world, teacher_folders, tmp_path, monkeypatch):
+    """Train on a device, and return the lines of the log that hold losses."""
+    monkeypatch.setattr(purify.ClassifierRouting, "STEPS", 2)
+
+    def run(*arguments, device="cpu", name="run"):
+        where = ["--cache", str(tmp_path / f"cache-{device}"), "--out", str(tmp_path / name)]
+        known = "cpu" if device == "meta" else device
+        args = train.parse_args([*on(world, teacher_folders), *SHORT, *where, "--device", known, *arguments])
+        train.settle(args)
+        args.device = device
+        train.train(args)
+        return [line for line in read_lines(tmp_path / name / "metrics.jsonl") if "loss" in line]
+
+    return run
+
+
+@pytest.mark.parametrize("purifier", ["classifier", "rl"])  # these took all twelve once: in a minute
+def test_a_run_stays_on_its_device(run, purifier, monkeypatch, request):
+    """Teachers, encoder, purifier and student; the log is the CPU's."""
+    how = ["--purifier", purifier, "--fit-questions", "8"]
+    near = run(*how, name="near")
+    request.getfixturevalue("there")
+    adamw = torch.optim.AdamW
+    save_file = train.save_file
+
+    def save(tensors, *how):
+        save_file({name: tensor.cpu() for name, tensor in tensors.items()}, *how)
+
+    # What knows CUDA by its name.
+    monkeypatch.setattr(torch, "autocast", lambda *how, enabled: contextlib.nullcontext())
+    monkeypatch.setattr(torch.optim, "AdamW", lambda *how, fused=False, **more: adamw(*how, **more))
+    monkeypatch.setattr(train, "save_file", save)
+    monkeypatch.setattr(model, "save", lambda *how: None)
+    far = run(*how, device="meta", name="far")
+    assert len(near) == len(far) == 2
+    for a, b in zip(near, far):
+        for key in {"loss", "answer", "rationale", "norm", "reward"} & a.keys():
+            assert b[key] == pytest.approx(a[key], rel=1e-3, abs=1e-4), key
+
+
+def test_autocast_covers_the_loss_and_leaves_weights_and_losses_in_float32(run, monkeypatch):
+    """On the CPU as on CUDA, `train` hands autocast its own device."""
+    linear = model.linear
+    dual_loss = kp.dual_loss
+    products = []
+    totals = []
+
+    def noted_linear(x, weight):
+        y = linear(x, weight)
+        if torch.is_grad_enabled():
+            products.append((weight.dtype, y.dtype))
+        return y
+
+    def noted_loss(student, *how):
+        loss = dual_loss(student, *how)
+        totals.append(loss.total.dtype)
+        return loss
+
+    monkeypatch.setattr(model, "linear", noted_linear)
+    monkeypatch.setattr(kp, "dual_loss", noted_loss)
+    how = ["--purifier", "none", "--steps", "4", "--dtype"]
+    for student in ("t5", "llama"):
+        if student == "llama":
+            how = ["--student", str(ROOT / "tests" / "fixtures" / "llama-3.1"), *how]
+        runs = {}
+        for dtype in ("float32", "bfloat16"):
+            products.clear()
+            runs[dtype] = run(*how, dtype, name=f"{student}-{dtype}")
+            assert set(products) == {(torch.float32, getattr(torch, dtype))}
+        assert set(totals) == {torch.float32}
+        for a, b in zip(runs["float32"], runs["bfloat16"]):
+            assert b["loss"] == pytest.approx(a["loss"], rel=0.02)
+            assert b["loss"] != a["loss"]
+
+
+# ------------------------------------------------------------------------------------------------- on CUDA
+
+
+@pytest.fixture
+def exact():
+    """Products of float32 in float32: train.py allows TF32, whose numbers have ten bits."""
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = False
+    yield
+    torch.backends.cuda.matmul.allow_tf32 = before
+
+
+def logits_of(name, device, dtype):
+    """Return the logits of all tokens of a fixture, (N tokens, V) float32 on the CPU, and the golden ones."""
+    lm, _ = model.load(ROOT / "tests" / "fixtures" / name, device, dtype)
+    _, _, golden, rows = load(name)
+    ids, mask = pad(rows, "left", extra=2)
+    inputs = [ids, mask]
+    shown = mask.bool()
+    if "decoder" in golden:
+        inputs.append(golden["decoder"])
+        shown = torch.ones_like(golden["decoder"]).bool()
+    logits = lm(*[x.to(device) for x in inputs]).float().cpu()[shown]
+    return logits, torch.cat([golden[f"logits{i}"] for i in range(N)])
+
+
+def off_by(found, want):
+    return float((found - want).norm() / want.norm())
+
+
+@needs_cuda
+@pytest.mark.parametrize("name", WRITERS)
+def test_float32_on_cuda_is_the_golden_one(name, exact):
+    with torch.no_grad():
+        close(*logits_of(name, "cuda", torch.float32))
+    close(*logits_of(name, "cuda", torch.float32))  # with gradients attention may take another kernel
+
+
+@needs_cuda
+@pytest.mark.parametrize("name", WRITERS)
+@torch.no_grad()
+def test_bfloat16_on_cuda_is_as_near_as_on_the_cpu(name):
+    """Both round to eight bits after each operation, in another order; a fused kernel rounds less often.
+
+    So the two errors have one size, and over a thousand logits their norms differ little: twice is ample.
+    """
+    far = off_by(*logits_of(name, "cuda", torch.bfloat16))
+    near = off_by(*logits_of(name, "cpu", torch.bfloat16))
+    assert torch.finfo(torch.bfloat16).eps / 10 < far < 2 * near
+
+
+@needs_cuda
+@pytest.mark.parametrize("name", WRITERS)
+def test_generation_on_cuda_token_for_token(name, exact):
+    far, _ = opened(name, "cuda")
+    _, _, golden, rows = load(name)
+    ids, mask = pad(rows, "left", extra=1)
+    out = far.generate(ids.cuda(), mask.cuda(), 20)
+    eos = far.config["eos_token_id"]
+    assert trimmed(out, eos) == trimmed(golden["generated"], eos)
+
+
+@needs_cuda
+@pytest.mark.parametrize("name", WRITERS)
+def test_scoring_on_cuda(name, exact):
+    lm, tokenizer = opened(name)
+    far, _ = opened(name, "cuda")
+    sums, lengths = kp.choice_logps(lm, tokenizer, TEXTS, CHOICES)
+    far_sums, far_lengths = kp.choice_logps(far, tokenizer, TEXTS, CHOICES)
+    assert far_lengths == lengths
+    for a, b in zip(far_sums, sums):
+        assert a == pytest.approx(b, abs=1e-3)
+
+
+@needs_cuda
+def test_sentence_vectors_on_cuda(exact):
+    close(model.embed(*opened("bert", "cuda"), TEXTS), model.embed(*opened("bert"), TEXTS))
+
+
+@needs_cuda
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("name", ["flan-t5", "llama-3.1", "mistral-window", "qwen3"])
+def test_gradients_on_cuda(name, recompute, exact):
+    nets = []
+    for device in ("cpu", "cuda"):
+        lm, tokenizer = without_dropout(*opened(name, device))
+        lm.recompute = recompute
+        one_loss(lm, tokenizer).total.backward()
+        nets.append(lm)
+    for (place, p), q in zip(nets[1].named_parameters(), nets[0].parameters()):
+        assert off_by(p.grad.cpu(), q.grad) < 1e-4, place
+
+
+@needs_cuda
+@pytest.mark.parametrize("name", ["flan-t5", "llama-3.1"])
+def test_a_step_on_cuda_never_waits(name):
+    lm, tokenizer = opened(name, "cuda")
+    optimizer = torch.optim.AdamW(lm.parameters(), fused=True)
+    for debug_mode in ("default", "error"):  # the first step makes what the others find
+        torch.cuda.set_sync_debug_mode(debug_mode)
+        try:
+            with torch.autocast("cuda", torch.bfloat16):
+                loss = one_loss(lm, tokenizer)
+            loss.total.backward()
+            torch.nn.utils.clip_grad_norm_(lm.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
+FUSED = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.CUDNN_ATTENTION]
+
+
+@needs_cuda
+@pytest.mark.parametrize("n_heads", [8, 2])
+@pytest.mark.parametrize("n", [1, 100])
+def test_attention_takes_a_fused_kernel(n_heads, n):
+    q = torch.randn(2, 8, n, 64, device="cuda", dtype=torch.bfloat16)
+    k = torch.randn(2, n_heads, 100, 64, device="cuda", dtype=torch.bfloat16)
+    mask = torch.ones(n, 100, device="cuda").tril(100 - n).bool().expand(2, 1, n, 100)
+    with sdpa_kernel(FUSED):  # raises where none of these can
+        found = model.attend(q, k, k, mask)
+    want = model.attend(q.cpu().float(), k.cpu().float(), k.cpu().float(), mask.cpu())
+    assert off_by(found.float().cpu(), want) < 0.02
+
+
+@needs_cuda
+def test_a_t5_s_learning_bias_takes_a_fused_kernel():
+    lm, tokenizer = opened("flan-t5", "cuda")
+    with sdpa_kernel(FUSED), torch.autocast("cuda", torch.bfloat16):
+        one_loss(lm, tokenizer).total.backward()
+    table = lm.encoder.block[0].layer[0].SelfAttention.relative_attention_bias
+    assert table.weight.grad.abs().sum() > 0
+
+
+@needs_cuda
+@pytest.mark.parametrize("purifier", list(purify.PURIFIERS))
+def test_every_purifier_trains_on_cuda(run, purifier):
+    how = ["--steps", "30", "--eval-every", "15", "--lr", "1e-3", "--warmup", "5", "--purifier", purifier]
+    lines = run(*how, "--tune-aggregator", "5", device="cuda")
+    losses = [line["loss"] for line in lines]
+    assert len(losses) == 30
+    assert fmean(losses[-5:]) < fmean(losses[:5])
+
+
+@needs_cuda
+@pytest.mark.parametrize("purifier", ["router", "rl"])
+def test_a_run_killed_on_cuda_goes_on(run, purifier, monkeypatch):
+    """Its losses are the whole run's, but for the order of sums: bfloat16 keeps three digits."""
+    how = ["--purifier", purifier, "--steps", "8", "--eval-every", "4"]
+    whole = run(*how, device="cuda", name="whole")
+    dual_loss = kp.dual_loss
+    steps = []
+
+    def dies_at_the_sixth_step(*arguments):
+        steps.append(0)
+        if len(steps) == 6:
+            raise MemoryError
+        return dual_loss(*arguments)
+
+    monkeypatch.setattr(kp, "dual_loss", dies_at_the_sixth_step)
+    with pytest.raises(MemoryError):
+        run(*how, device="cuda", name="killed")
+    monkeypatch.setattr(kp, "dual_loss", dual_loss)
+    killed = run(*how, "--resume", device="cuda", name="killed")
+    assert len(killed) == len(whole) == 8
+    for a, b in zip(killed, whole):
+        assert a["loss"] == pytest.approx(b["loss"], rel=0.02)
+
+
+@needs_cuda
+@pytest.mark.parametrize("student", ["llama-3.1", None])
+def test_a_compiled_student_on_cuda(run, student):
+    how = ["--purifier", "none", "--steps", "6"]
+    if student:
+        how += ["--student", str(ROOT / "tests" / "fixtures" / student)]
+    eager = run(*how, device="cuda", name="eager")
+    compiled = run(*how, "--compile", device="cuda", name="compiled")
+    for a, b in zip(compiled, eager):
+        assert a["loss"] == pytest.approx(b["loss"], rel=0.02 if student else 0.2)  # a T5 draws its dropout
+
+
+@needs_cuda
+def test_torchrun_with_one_process_on_cuda(world, teacher_folders, tmp_path):
+    where = ["--cache", tmp_path / "cache", "--out", tmp_path / "run", "--device", "cuda"]
+    how = [*on(world, teacher_folders), *SHORT, *where, "--purifier", "router"]
+    process = torchrun(ROOT / "train.py", *how, processes=1, timeout=300)
+    assert process.returncode == 0, process.stderr
+    assert process.stdout.count("test accuracy") == 1
+    assert result_of(tmp_path / "run")["steps"] == 2
