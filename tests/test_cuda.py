@@ -6,6 +6,7 @@ Tests that need CUDA skip without it. Run them with: python -m pytest tests/test
 import contextlib
 from statistics import fmean
 
+import gpu
 import pytest
 import torch
 from conftest import ROOT, read_lines, torchrun
@@ -22,7 +23,7 @@ import train
 
 WRITERS = DECODERS + ENCODER_DECODERS
 TEXTS = ["the otter nurses its young", "birds", "copper conducts heat and the mammals swim"]
-CHOICES = [["birds", "the eggs", "copper"], ["heat", "rivers and birds"], ["swim", "lay eggs", "a young otter"]]
+CHOICES = [["birds", "the eggs"], ["heat", "rivers and birds", "copper"], ["swim", "a young otter"]]
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU here")
 
 
@@ -181,7 +182,10 @@ def test_sentence_vectors_on_a_device(there):
     close(model.embed(*opened("bert", "meta"), TEXTS), near)
 
 
-QUESTIONS = [kp.Question("1", "t", "birds", ("heat", "the eggs"), 0), kp.Question("2", "t", "swim", ("a", "and"), 1)]
+QUESTIONS = [
+    kp.Question("1", "t", "birds", ("heat", "the eggs"), 0),
+    kp.Question("2", "t", "swim", ("a", "and"), 1),
+]
 RATIONALES = [["the mammals swim", "birds lay eggs"], ["copper", ""]]
 
 
@@ -304,6 +308,37 @@ def test_autocast_covers_the_loss_and_leaves_weights_and_losses_in_float32(run, 
             assert b["loss"] != a["loss"]
 
 
+def test_the_script_for_a_gpu_runs(tmp_path, monkeypatch):
+    """One section with tiny shapes; what fails is written down; what was there stays."""
+    file = tmp_path / "gpu.json"
+
+    def fails(machine):
+        raise ValueError("not\nhere")
+
+    monkeypatch.setitem(gpu.SECTIONS, "launches", fails)
+    gpu.main(["--tiny", "--out", str(file), "--only", "launches"])
+    gpu.main(["--tiny", "--out", str(file), "--only", "decode", "loading"])
+    sections = model.read_json(file)["sections"]
+    assert list(sections) == ["launches", "decode", "loading"]
+    assert sections["launches"]["error"] == "ValueError: not"
+    assert sections["loading"]["files"] > 1
+    assert sections["decode"].keys() >= {"batch_1", "batch_2"}
+
+
+def test_flops_of_a_t5_written_out():
+    """One layer each, width 2, one head of 3, feed-forward 5 with a gate, 7 tokens known."""
+    config = dict(model_type="t5", vocab_size=7, d_model=2, d_kv=3, d_ff=5, num_layers=1, num_heads=1)
+    lm = model.T5({**config, "feed_forward_proj": "gated-gelu", "tie_word_embeddings": False})
+    attention = 4 * 2 * 3  # q, k, v, o
+    forward = 3 * 2 * 5
+    norms = 2 + 2  # of self-attention and feed-forward; and the last
+    buckets = 32
+    reads = attention + forward + norms + 2 + buckets + attention / 2  # and the cross-attention's k, v
+    writes = attention + forward + norms + 2 + 2 + buckets + attention / 2 + 2 * 7
+    scores = 4 * 3 * (11 * 11 + 2 * 2 + 2 * 11)
+    assert gpu.t5_flops(lm, 11, 2) == 3 * (2 * 11 * reads + 2 * 2 * writes + scores)
+
+
 # ------------------------------------------------------------------------------------------------- on CUDA
 
 
@@ -317,7 +352,7 @@ def exact():
 
 
 def logits_of(name, device, dtype):
-    """Return the logits of all tokens of a fixture, (N tokens, V) float32 on the CPU, and the golden ones."""
+    """Return the logits of a fixture's tokens, (N tokens, V) float32 on the CPU, and the golden ones."""
     lm, _ = model.load(ROOT / "tests" / "fixtures" / name, device, dtype)
     _, _, golden, rows = load(name)
     ids, mask = pad(rows, "left", extra=2)
