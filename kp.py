@@ -329,7 +329,8 @@ def dual_loss(student, token_cache, questions, rationales, lam, alpha=None, pref
     l_dl = sequence_losses(student, explain, targets) if targets else l_pr.new_zeros(0)  # (R,)
 
     # The mean over questions of L_PR + sum_m alpha_m L_DL(r_m)
-    total = l_pr.mean() + (l_pr.new_tensor(weights) * l_dl).sum() / len(questions)
+    (weights,) = move(l_pr.device, torch.tensor(weights))
+    total = l_pr.mean() + (weights * l_dl).sum() / len(questions)
     tokens = 0
     padded = 0
     for rows in (predict, answers, explain, targets):
@@ -359,12 +360,16 @@ def sequence_losses(student, inputs, targets):
             is_label[row, : len(prompt) - 1] = 0
     rows, places = is_label.nonzero(as_tuple=True)  # before the tensors move: no waiting for a GPU
     tensors = [*read, labels, rows, places]
-    device = model.device_of(student)
-    if device.type == "cuda":
-        tensors = [x.pin_memory().to(device, non_blocking=True) for x in tensors]
-    *read, labels, rows, places = tensors
+    *read, labels, rows, places = move(model.device_of(student), *tensors)
     logits = student(*read, (rows, places))  # (N, V) of the N labels alone: no padding
     return mean_per_row(logits, labels, (rows, places))
+
+
+def move(device, *tensors):
+    """Return tensors on the device, without waiting for a GPU: it copies pinned, whole memory alone."""
+    if device.type == "cpu":
+        return tensors
+    return [x.contiguous().pin_memory().to(device, non_blocking=True) for x in tensors]
 
 
 def mean_per_row(logits, labels, keep):

@@ -88,10 +88,11 @@ class Model(nn.Module):
                 return out[:, : t + 1]
             # Rows that have ended leave the batch. This costs a step: wait until it saves that.
             if n_alive <= 0.75 * len(rows):
-                cache.select(alive)
-                rows = rows[alive]
-                tokens = tokens[alive]
-                alive = alive[alive]
+                kept = alive.nonzero()[:, 0]  # numbers: each selection by `alive` waits for a GPU
+                cache.select(kept)
+                rows = rows[kept]
+                tokens = tokens[kept]
+                alive = alive[kept]
         return out
 
 
@@ -169,7 +170,7 @@ class T5Attention(nn.Module):
     def forward(self, x, k, v, bias):
         """x (B, T, D); k, v from `keys_values`; bias (1 or B, 1 or H, 1 or T, S) -> (B, T, D)."""
         q = split_heads(self.q(x), self.width)
-        if x.is_cuda or not torch.is_grad_enabled():
+        if not (x.is_cpu and torch.is_grad_enabled()):
             p = self.dropout.p if self.training else 0.0
             h = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=p, scale=1.0)
         else:  # the same, written out: on a CPU the fused kernel takes no bias that learns
@@ -382,6 +383,19 @@ def rotate(x, cos, sin):
     return torch.addcmul(x * cos, partners, sin)
 
 
+def attend(q, k, v, mask):
+    """Attention of q (B, H, T, Dh) to k, v (B, K, S, Dh), where H / K heads of q share one -> like q."""
+    n_sharing = q.shape[1] // k.shape[1]
+    if q.is_cpu or n_sharing == 1:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=n_sharing > 1)
+    # A GPU has no fused kernel for this with a mask: it would write out all scores, in float32.
+    # So the heads that share keys become more rows of one head.
+    q = q.unflatten(1, (-1, n_sharing)).flatten(2, 3)  # (B, K, H / K * T, Dh)
+    mask = mask.repeat(1, 1, n_sharing, 1)
+    a = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    return a.unflatten(2, (n_sharing, -1)).flatten(1, 2)
+
+
 class LlamaLayer(nn.Module):
     """h + attention(norm(h)), then h + SwiGLU(norm(h)). Query heads may share a key-value head.
 
@@ -422,8 +436,7 @@ class LlamaLayer(nn.Module):
             k = attention.k_norm(k)
         q = rotate(q, *rotation)
         k, v = cache.append(i, rotate(k, *rotation), v)
-        grouped = q.shape[1] != k.shape[1]
-        a = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=grouped)
+        a = attend(q, k, v, mask)
         h = h + attention.o_proj(merge_heads(a))
         x = self.post_attention_layernorm(h)
         return h + self.mlp.down_proj(F.silu(self.mlp.gate_proj(x)) * self.mlp.up_proj(x))
@@ -753,6 +766,8 @@ def load(path, device="cpu", dtype=None):
         raise BadInput(f"{path}/config.json: {error}") from None
     tokenizer = load_tokenizer(path / "tokenizer.json", lm.config["vocab_size"])
     lm.load_state_dict(read_weights(lm, path, device, dtype), assign=True)
+    if isinstance(lm, Llama):
+        lm.frequencies = lm.frequencies.to(device)  # now: a copy in each step waits for a GPU
     lm.folder = path
     return lm.eval(), tokenizer
 

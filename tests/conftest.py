@@ -62,12 +62,13 @@ def open_teachers(folders, cache, asking=kp.Asking(), examples=()):
     return kp.Teachers([kp.CheckpointTeacher(folder, cache, asking, examples) for folder in folders])
 
 
-TWO_RANKS = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+TORCHRUN = ["-m", "torch.distributed.run", "--standalone"]
+TWO_RANKS = [*TORCHRUN, "--nproc_per_node=2"]
 
 
-def torchrun(script, *arguments, timeout=200):
-    """Run a script in two processes, as on two GPUs."""
-    command = [sys.executable, *TWO_RANKS, str(script), *map(str, arguments)]
+def torchrun(script, *arguments, timeout=200, processes=2):
+    """Run a script in several processes, as on several GPUs."""
+    command = [sys.executable, *TORCHRUN, f"--nproc_per_node={processes}", str(script), *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, timeout=timeout, env=ONE_THREAD)
 
 
