@@ -388,8 +388,8 @@ def attend(q, k, v, mask):
     n_sharing = q.shape[1] // k.shape[1]
     if q.is_cpu or n_sharing == 1:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=n_sharing > 1)
-    # A GPU has no fused kernel for this with a mask: it would write out all scores, in float32.
-    # So the heads that share keys become more rows of one head.
+    # With a mask, PyTorch 2.6 to 2.9 (at least) has no fused kernel for this on most GPUs: it writes
+    # out all scores. So the heads that share keys become more rows of one head.
     q = q.unflatten(1, (-1, n_sharing)).flatten(2, 3)  # (B, K, H / K * T, Dh)
     mask = mask.repeat(1, 1, n_sharing, 1)
     a = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
