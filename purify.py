@@ -798,19 +798,16 @@ class PlackettLuceRouter(Router):
         """Return the tau whose picks score highest on training questions, each left out in turn."""
         generator = torch.Generator().manual_seed(self.seed)
         sample = torch.randperm(len(scores), generator=generator)[: self.sample]
-
-        def value(tau):
-            total = 0.0
-            for rows in sample.split(256):
-                cos = self.q[rows] @ self.q.T  # (B, N)
-                cos[cos > 1 - 1e-5] = -1e6  # leave one out, with its duplicates
+        values = dict.fromkeys(self.taus, 0.0)
+        for rows in sample.split(256):
+            cos = self.q[rows] @ self.q.T  # (B, N)
+            cos[cos > 1 - 1e-5] = -1e6  # leave one out, with its duplicates
+            for tau in self.taus:
                 xi = self.worths(cos, tau)  # (B, M)
                 picked = scores[rows].gather(1, xi.argmax(1, keepdim=True)).sum()
                 expected = (xi * scores[rows]).sum()
-                total += picked + 0.05 * expected  # between equal picks, the sharper xi wins
-            return total
-
-        return max(self.taus, key=value)
+                values[tau] += picked + 0.05 * expected  # between equal picks, the sharper xi wins
+        return max(self.taus, key=values.get)
 
 
 @dataclass

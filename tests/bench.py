@@ -352,10 +352,14 @@ def hours(rows):
         print(f"{n:>10,.0f}{m:>10}{processes:>11}{teachers}{of_all:>18,.1f}{student:>9,.1f}")
 
 
-LIMITS = {  # FLOP/s, bytes/s
-    "H100": (989e12, 3.35e12),
+LIMITS = {  # by a part of the name: dense bfloat16 FLOP/s, bytes/s; the first that fits
     "H200": (989e12, 4.8e12),
-    "A100": (312e12, 2.04e12),
+    "H100 PCIe": (756e12, 2.0e12),
+    "H100": (989e12, 3.35e12),
+    "A100-SXM4-80GB": (312e12, 2.04e12),
+    "A100": (312e12, 1.56e12),
+    "RTX 4090": (165e12, 1.01e12),
+    "L40S": (362e12, 0.864e12),
 }
 
 

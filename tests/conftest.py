@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
@@ -60,6 +61,23 @@ def read_lines(path):
 
 def open_teachers(folders, cache, asking=kp.Asking(), examples=()):
     return kp.Teachers([kp.CheckpointTeacher(folder, cache, asking, examples) for folder in folders])
+
+
+@contextmanager
+def dying_at_step(n):
+    """Within this, a run of train.py dies of a MemoryError in its n-th dual loss."""
+    dual_loss = kp.dual_loss
+    steps = []
+
+    def dies(*arguments):
+        steps.append(0)
+        if len(steps) == n:
+            raise MemoryError
+        return dual_loss(*arguments)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(MemoryError):
+        patch.setattr(kp, "dual_loss", dies)
+        yield
 
 
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone"]

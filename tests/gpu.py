@@ -22,22 +22,13 @@ import traceback
 from pathlib import Path
 
 import torch
-from bench import LLAMA_8B, T5_LARGE, Pair, Words, generation, scoring, text_of, their_class, training
+from bench import LIMITS, LLAMA_8B, T5_LARGE, Pair, Words, generation, scoring, text_of, their_class, training
 from safetensors.torch import save_file
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import kp  # noqa: E402
 import model  # noqa: E402
 
-PEAKS = {  # by a part of the name: dense bfloat16 FLOP/s, bytes/s; the first that fits
-    "H200": (989e12, 4.8e12),
-    "H100 PCIe": (756e12, 2.0e12),
-    "H100": (989e12, 3.35e12),
-    "A100-SXM4-80GB": (312e12, 2.04e12),
-    "A100": (312e12, 1.56e12),
-    "RTX 4090": (165e12, 1.01e12),
-    "L40S": (362e12, 0.864e12),
-}
 MISTRAL_7B = dict(LLAMA_8B, model_type="mistral", vocab_size=32000, rope_theta=1e4, sliding_window=4096)
 LLAMA_2_7B = dict(LLAMA_8B, vocab_size=32000, intermediate_size=11008, num_key_value_heads=32, rope_theta=1e4)
 TEACHERS = {  # the paper's: shape, tokens of a long prompt
@@ -72,7 +63,7 @@ class Machine:
         self.on_cuda = device == "cuda"
         self.repeats = 1 if self.tiny else 5
         self.name = torch.cuda.get_device_name() if self.on_cuda else "CPU"
-        for part, limits in PEAKS.items():
+        for part, limits in LIMITS.items():
             if part in self.name:
                 self.peak, self.bandwidth = limits
                 self.limits_are = "the data sheet's"
@@ -132,7 +123,7 @@ class Machine:
         finally:
             torch.set_default_dtype(before)
         if isinstance(lm, model.Llama):
-            lm.frequencies = lm.frequencies.float().to(self.device)
+            lm.frequencies = lm.frequencies.to(self.device)
         lm.config["eos_token_id"] = -1
         return lm.eval()
 

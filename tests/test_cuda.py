@@ -9,7 +9,7 @@ from statistics import fmean
 import gpu
 import pytest
 import torch
-from conftest import ROOT, read_lines, torchrun
+from conftest import ROOT, dying_at_step, read_lines, torchrun
 from test_model import DECODERS, ENCODER_DECODERS, N, close, load, pad, trimmed
 from test_train import on, result_of
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -487,23 +487,12 @@ def test_every_purifier_trains_on_cuda(run, purifier):
 
 @needs_cuda
 @pytest.mark.parametrize("purifier", ["router", "rl"])
-def test_a_run_killed_on_cuda_goes_on(run, purifier, monkeypatch):
+def test_a_run_killed_on_cuda_goes_on(run, purifier):
     """Its losses are the whole run's, but for the order of sums: bfloat16 keeps three digits."""
     how = ["--purifier", purifier, "--steps", "8", "--eval-every", "4"]
     whole = run(*how, device="cuda", name="whole")
-    dual_loss = kp.dual_loss
-    steps = []
-
-    def dies_at_the_sixth_step(*arguments):
-        steps.append(0)
-        if len(steps) == 6:
-            raise MemoryError
-        return dual_loss(*arguments)
-
-    monkeypatch.setattr(kp, "dual_loss", dies_at_the_sixth_step)
-    with pytest.raises(MemoryError):
+    with dying_at_step(6):
         run(*how, device="cuda", name="killed")
-    monkeypatch.setattr(kp, "dual_loss", dual_loss)
     killed = run(*how, "--resume", device="cuda", name="killed")
     assert len(killed) == len(whole) == 8
     for a, b in zip(killed, whole):

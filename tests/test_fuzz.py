@@ -240,10 +240,11 @@ def test_a_checkpoint_that_is_not_as_it_was_saved_is_refused(targets, name, how)
 def main(n):
     with tempfile.TemporaryDirectory() as folder:
         world = make_world(Path(folder) / "world")
-        for file, read in make_targets(world, Path(folder) / "fuzz").items():
+        targets = make_targets(world, Path(folder) / "fuzz")
+        for file, read in targets.items():
             seen = {}
             refused = 0
-            for seed in range(1000, 1000 + n // 9):
+            for seed in range(1000, 1000 + n // len(targets)):
                 try:
                     refused += damage(file, read, seed)
                 except Exception as error:
@@ -252,7 +253,7 @@ def main(n):
                         place = place.tb_next
                     where = f"{type(error).__name__} {Path(place.tb_frame.f_code.co_filename).name}:{place.tb_lineno}"
                     seen.setdefault(where, []).append((seed, str(error)[:90]))
-            print(f"{file.name}: {n // 9} mutations, {refused} refused", flush=True)
+            print(f"{file.name}: {n // len(targets)} mutations, {refused} refused", flush=True)
             for where, errors in seen.items():
                 print("   ", where, len(errors), errors[0], flush=True)
 

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import read_lines, write_lines
+from conftest import dying_at_step, read_lines, write_lines
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 import eval as evaluation
@@ -315,21 +315,10 @@ def run(places, student, out, *more):
     return out
 
 
-def test_it_trains_resumes_with_the_same_bits_and_exports(places, family, tmp_path, monkeypatch):
+def test_it_trains_resumes_with_the_same_bits_and_exports(places, family, tmp_path):
     whole = run(places, family.folder, tmp_path / "whole")
-    steps = []
-    dual_loss = kp.dual_loss
-
-    def dies_at_the_fourth_step(*arguments):
-        steps.append(0)
-        if len(steps) == 4:
-            raise MemoryError
-        return dual_loss(*arguments)
-
-    monkeypatch.setattr(kp, "dual_loss", dies_at_the_fourth_step)
-    with pytest.raises(MemoryError):
+    with dying_at_step(4):
         run(places, family.folder, tmp_path / "killed")
-    monkeypatch.undo()
     killed = run(places, family.folder, tmp_path / "killed", "--resume")
     for name in ("student/model.safetensors", "metrics.jsonl", "purified.jsonl"):
         assert (killed / name).read_bytes() == (whole / name).read_bytes()

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT, converted, read_lines, torchrun, write_lines
+from conftest import ROOT, converted, dying_at_step, read_lines, torchrun, write_lines
 from safetensors import safe_open
 
 import eval as evaluation
@@ -242,26 +242,13 @@ def test_the_result_says_how_often_rl_agreed_with_the_oracle(as_micro_world, tmp
 
 
 @pytest.mark.parametrize("purifier", ["router", "rl"])
-def test_a_killed_run_goes_on_as_if_it_had_not_been_killed(
-    world, teacher_folders, tmp_path, purifier, monkeypatch
-):
+def test_a_killed_run_goes_on_as_if_it_had_not_been_killed(world, teacher_folders, tmp_path, purifier):
     def start(name, *arguments):
         return run(world, teacher_folders, tmp_path, "--purifier", purifier, *arguments, name=name)
 
     whole = start("whole")
-    steps = []
-    dual_loss = train.kp.dual_loss
-
-    def dies_at_the_fifth_step(*arguments):
-        steps.append(0)
-        if len(steps) == 5:
-            raise MemoryError
-        return dual_loss(*arguments)
-
-    monkeypatch.setattr(train.kp, "dual_loss", dies_at_the_fifth_step)
-    with pytest.raises(MemoryError):
+    with dying_at_step(5):
         start("killed")
-    monkeypatch.undo()
     with pytest.raises(model.BadInput, match="--resume"):
         start("killed")
     with pytest.raises(model.BadInput, match="--lam"):

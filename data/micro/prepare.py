@@ -444,7 +444,7 @@ def fiction(rng, facts):
     return world
 
 
-def practice(facts, seed, prompts):
+def fictional_exercises(facts, seed, prompts):
     """Yield batches of exercises without end, from one fictional world after another."""
     rng = random.Random(f"practice {seed}")
     while True:
@@ -459,7 +459,7 @@ def practise(folder, seed, steps, steps_done):
     tokenizer = train_tokenizer(facts)
     frame(tokenizer, "$A </s>")
     student = tiny_t5(tokenizer.get_vocab_size())
-    endless = practice(facts, seed, (kp.predict_prompt, kp.explain_prompt))
+    endless = fictional_exercises(facts, seed, (kp.predict_prompt, kp.explain_prompt))
     # The rate ends at 0.2 of its peak, so that the student still learns in the last fictions.
     train_on(student, tokenizer, endless, steps, 0.2, steps_done)
     model.save(student, tokenizer, folder)

@@ -41,7 +41,7 @@ def practise(folder, seed):
     def for_rationale(q):
         return kp.WITHOUT_CHAT.format(kp.explain_prompt(q))
 
-    endless = prepare.practice(facts, seed, (for_answer, for_rationale))
+    endless = prepare.fictional_exercises(facts, seed, (for_answer, for_rationale))
     n_threads = torch.get_num_threads()
     torch.set_num_threads(1)  # the same bits on every machine
     with Bar(total=STEPS, desc="tiny-llama practises", unit="step") as bar:
