@@ -21,8 +21,8 @@ none (TinyLLM, all rationales), single, task (the best teacher of each task), ra
 best-scoring teacher of each question), answers (no rationale)"""
 WHICH_TEACHERS = """checkpoint folders, and .jsonl files of ready rationales (default: DATA/rationales/*;
 in the micro world: names of its teachers)"""
-WHICH_STUDENT = """checkpoint folder (T5, Llama, Mistral, Qwen2, Qwen3), or the micro world's: tiny,
-a T5, or tiny-llama; with --data tiny is a new T5"""
+WHICH_STUDENT = """checkpoint folder (T5, Llama, Mistral, Qwen2, Qwen3), or the micro world's: tiny (a
+T5), tiny-half and tiny-double (its width), tiny-llama; with --data tiny is a new T5"""
 
 
 def at_least(least):
@@ -142,7 +142,7 @@ from tqdm import tqdm
 import kp
 import model
 import purify
-from data.micro import prepare, tiny_llama
+from data.micro import prepare, students
 from data.questions import read_data, read_rationales, train_tokenizer
 from model import BadInput, require
 
@@ -228,7 +228,7 @@ def settle(args):
         dtype="bfloat16" if args.device == "cuda" else "float32",
         out=f"out/{args.purifier}{'-ood' if args.ood else ''}-{args.seed}",
         lam=16.0 if in_micro_world else 1.0,
-        lr=tiny_lr if args.student in ("tiny", "tiny-llama") else 3e-4,
+        lr=tiny_lr if args.student in ("tiny", *students.STUDENTS) else 3e-4,
         shots=0 if in_micro_world else 2,
         explain=10**9 if in_micro_world else 100,
         max_new_tokens=64 if in_micro_world else 256,
@@ -318,10 +318,10 @@ def load_student(args, folder, questions):
     path = args.student
     if path == "tiny":
         path = folder / "student"
-    elif path == "tiny-llama":
-        why = "--student tiny-llama is the micro world's; with --data give --student DIR"
+    elif path in students.STUDENTS:
+        why = f"--student {path} is the micro world's; with --data give --student DIR"
         require(not args.data, why)
-        path = tiny_llama.prepare_student(folder, args.world)
+        path = students.prepare_student(path, folder, args.world)
     return kp.open_student(path, args.device, torch.float32)
 
 

@@ -18,7 +18,7 @@ import eval as evaluation
 import kp
 import model
 import train
-from data.micro import tiny_llama
+from data.micro import students
 
 jinja2 = pytest.importorskip("jinja2")  # torch needs it too
 
@@ -367,17 +367,22 @@ def test_a_recomputing_student_trains_alike(places, families, tmp_path):
         assert torch.allclose(one, other, atol=1e-6)
 
 
-def test_the_micro_world_s_decoder_only_student_is_made_once(world, places, tmp_path, monkeypatch):
-    monkeypatch.setattr(tiny_llama, "STEPS", 3)
+@pytest.mark.parametrize("name, model_type, width", [("tiny-llama", "llama", 96), ("tiny-half", "t5", 48)])
+def test_another_student_of_the_micro_world_is_made_once(
+    name, model_type, width, world, places, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(students, "STEPS", 3)
     monkeypatch.setattr(train.prepare, "prepare", lambda seed, well_read: world)
-    how = ["--student", "tiny-llama", "--purifier", "answers", "--steps", "2", "--batch-size", "2"]
+    how = ["--student", name, "--purifier", "answers", "--steps", "2", "--batch-size", "2"]
     how += ["--explain", "1", "--max-new-tokens", "8", "--cache", str(tmp_path / "cache")]
-    for name in ("first", "second"):
-        train.main(train.parse_args([*how, "--out", str(tmp_path / name)]))
-        monkeypatch.setattr(tiny_llama, "practise", None)  # made by the first run
-    (folder,) = world.glob("student-llama-*")
-    assert model.load(folder)[0].config["model_type"] == "llama"
-    weights = [(tmp_path / name / "student" / "model.safetensors").read_bytes() for name in ("first", "second")]
+    for run_name in ("first", "second"):
+        train.main(train.parse_args([*how, "--out", str(tmp_path / run_name)]))
+        monkeypatch.setattr(students, "practise", None)  # made by the first run
+    (folder,) = world.glob(f"student-{name}-*")
+    config = model.load(folder)[0].config
+    assert config["model_type"] == model_type
+    assert width in (config.get("hidden_size"), config.get("d_model"))
+    weights = [(tmp_path / run_name / "student" / "model.safetensors").read_bytes() for run_name in ("first", "second")]
     assert weights[0] == weights[1]
-    with pytest.raises(model.BadInput, match="tiny-llama is the micro world's; with --data give --student DIR"):
-        run(places, "tiny-llama", tmp_path / "third")
+    with pytest.raises(model.BadInput, match=f"{name} is the micro world's; with --data give --student DIR"):
+        run(places, name, tmp_path / "third")
