@@ -633,8 +633,7 @@ class CheckpointTeacher:
         weights = model.weight_files(self.folder)
         self.size = sum(file.stat().st_size for file in weights)
         decisive = [self.folder / "config.json", self.folder / "tokenizer.json", *weights]
-        self.file = Path(cache) / fingerprint(decisive)[:16] / "said.jsonl"
-        self.said = read_cache(self.file)
+        self.said = Said(Path(cache) / fingerprint(decisive)[:16] / "said.jsonl")
 
     def scores(self, questions, count=True):
         """Return the probability of the right choice among the choices, N floats."""
@@ -700,7 +699,7 @@ class CheckpointTeacher:
         return self.chat.format(text.strip())
 
     def look_up(self, kind, questions, prompts, count=True):
-        """Return the record of each prompt, from the cache or computed now; count it once in the
+        """Yield the record of each prompt, from the cache or computed now; count it once in the
         ledger.
         """
         keys = []
@@ -715,16 +714,13 @@ class CheckpointTeacher:
             self.ask(kind, missing)
         if keys and self.ranks.count > 1:
             self.ranks.wait()
-            self.said = read_cache(self.file)
-        records = []
-        for key in keys:
-            record = self.said[key]
-            records.append(record)
+            self.said.find_lines()
+        for key, record in zip(keys, self.said.records(keys)):
             if count and key not in self.counted:
                 self.counted.add(key)
                 self.ledger[f"{kind}_read"] += record["read"]
                 self.ledger[f"{kind}_wrote"] += record.get("wrote", 0)
-        return records
+            yield record
 
     def ask(self, kind, missing):
         """Compute what is missing, {key: (prompt, choices)}, and append it to the cache line by
@@ -735,22 +731,16 @@ class CheckpointTeacher:
         ids = model.encode(self.tokenizer, prompts)
         room = self.asking.max_new_tokens  # for a rationale; a choice is shorter
         batches = model.by_length(ids, 128, self.asking.batch_tokens, lambda ids: len(ids) + room)
-        self.file.parent.mkdir(parents=True, exist_ok=True)
-        # Other runs may write to the same file: the buffer makes one append of each line.
-        with open(self.file, "ab", buffering=2**24) as file:
-            for rows in progress(batches, f"{self.name}: {kind}"):
-                if kind == "score":
-                    answers = self.score([prompts[row] for row in rows], [choices[row] for row in rows])
-                else:
-                    answers = self.write([ids[row] for row in rows])
-                for row, answer in zip(rows, answers):
-                    read = len(ids[row]) + sum(answer.get("lengths", ()))
-                    record = dict(key=keys[row], read=read, **answer)
-                    checked = {**record, "checksum": model.checksum(record)}
-                    line = json.dumps(checked, ensure_ascii=False)
-                    file.write(f"\n{line}\n".encode())  # the first \n ends a line torn before
-                    file.flush()
-                    self.said[keys[row]] = record
+        for rows in progress(batches, f"{self.name}: {kind}"):
+            if kind == "score":
+                answers = self.score([prompts[row] for row in rows], [choices[row] for row in rows])
+            else:
+                answers = self.write([ids[row] for row in rows])
+            records = []
+            for row, answer in zip(rows, answers):
+                read = len(ids[row]) + sum(answer.get("lengths", ()))
+                records.append(dict(key=keys[row], read=read, **answer))
+            self.said.append(records)
 
     def lm(self):
         """Return the model, loaded at the first call."""
@@ -779,22 +769,74 @@ def fingerprint(files):
     return digest.hexdigest()
 
 
-def read_cache(file):
-    """Return what a teacher has said, {key: record}. A line that a kill or a full disk tore is no
-    record. Raise BadInput at one that is whole and not as it was written.
+class Said:
+    """What a teacher has said: an append-only JSONL file, a record a line. Memory holds the places
+    of lines alone, so millions of them are found without being read.
+
+    A line that a kill or a full disk tore is no record. Other runs may append at the same time.
     """
-    lines = file.read_bytes().split(b"\n") if file.exists() else []
-    records = {}
-    for number, line in enumerate(lines, 1):
-        try:
-            record = json.loads(line)
-        except ValueError:
-            continue
-        check = isinstance(record, dict) and record.pop("checksum", None)
+
+    WHOLE = re.compile(rb'{"key": "([0-9a-f]{32})".*"checksum": "0x[0-9a-f]+"}\n')
+
+    def __init__(self, path):
+        self.path = path
+        self.places = {}  # {key: where its line begins}
+        self.end = 0  # of the lines that were looked at
+        self.find_lines()
+
+    def __contains__(self, key):
+        return key in self.places
+
+    def find_lines(self):
+        """Look at the lines that came since. Raise BadInput at one that is JSON and no record."""
+        if not self.path.exists():
+            return
+        with open(self.path, "rb") as file:
+            file.seek(self.end)
+            for line in file:
+                if not line.endswith(b"\n"):  # torn, or another run is writing it
+                    break
+                whole = self.WHOLE.fullmatch(line)
+                if whole:
+                    self.places[whole[1].decode()] = self.end
+                elif line.strip() and is_json(line):
+                    self.refuse(self.end)
+                self.end += len(line)
+
+    def records(self, keys):
+        """Yield the record of each key. Raise BadInput at one that is not as it was written."""
+        with open(self.path, "rb") as file:
+            for key in keys:
+                file.seek(self.places[key])
+                line = file.readline()
+                record = json.loads(line) if is_json(line) else {}
+                if record.pop("checksum", None) != model.checksum(record):
+                    self.refuse(self.places[key])
+                yield record
+
+    def refuse(self, place):
+        number = self.path.read_bytes()[:place].count(b"\n") + 1
         why = "damaged, or of another format; delete the line or give another --cache"
-        require(check == model.checksum(record), f"{file}:{number}: {why}")
-        records[record["key"]] = record
-    return records
+        raise model.BadInput(f"{self.path}:{number}: {why}")
+
+    def append(self, records):
+        """Write records, each by one append."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with open(self.path, "ab", buffering=2**24) as file:
+            for record in records:
+                checked = {**record, "checksum": model.checksum(record)}
+                line = json.dumps(checked, ensure_ascii=False)
+                file.write(f"\n{line}\n".encode())  # the first \n ends a line torn before
+                file.flush()
+        self.find_lines()
+
+
+def is_json(line):
+    try:
+        json.loads(line)
+    except ValueError:
+        return False
+    return True
 
 
 # -------------------------------------------------------------------------- teachers that are texts

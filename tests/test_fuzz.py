@@ -121,7 +121,7 @@ def make_targets(world, folder):
         assert all(0 <= score <= 1 for score in teacher.scores(data["train"][:8]))
         token_cache.targets(teacher.rationales(data["train"][:8]))
         json.dumps(teacher.ledger)
-        return teacher.file
+        return teacher.said.path
 
     said = ask_again()
 

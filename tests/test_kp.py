@@ -518,26 +518,51 @@ def test_a_torn_last_line_is_cut_off(world, teacher_folders, tmp_path):
     questions = read_questions(world / "train.jsonl")[:4]
     teachers = open_teachers(teacher_folders, tmp_path, kp.Asking(max_new_tokens=8))
     texts = teachers.rationales(questions, [1] * 4)
-    file = teachers.teachers[1].file
+    file = teachers.teachers[1].said.path
     file.write_bytes(file.read_bytes()[:-20])
     again = open_teachers(teacher_folders, tmp_path, kp.Asking(max_new_tokens=8))
-    assert len(again.teachers[1].said) == 3
+    assert len(again.teachers[1].said.places) == 3
     assert again.rationales(questions, [1] * 4) == texts
     once_more = open_teachers(teacher_folders, tmp_path, kp.Asking(max_new_tokens=8))
-    assert len(once_more.teachers[1].said) == 4
+    assert len(once_more.teachers[1].said.places) == 4
 
 
 def test_a_cache_of_another_format_or_damaged_is_refused(world, teacher_folders, tmp_path):
     questions = read_questions(world / "train.jsonl")[:1]
     teacher = kp.CheckpointTeacher(teacher_folders[2], tmp_path, kp.Asking(max_new_tokens=8))
     teacher.rationales(questions)
-    whole = teacher.file.read_text()
+    file = teacher.said.path
+    whole = file.read_text()
     one_more = whole.replace('"wrote": ', '"wrote": 1')
     for damaged in ('{"format": 2, "key": "x"}', "null", "[]", one_more):
-        teacher.file.write_text(f"\n{damaged.strip()}\n")
+        file.write_text(f"\n{damaged.strip()}\n")
         says = "said.jsonl:2: damaged, or of another format; delete the line or give another --cache"
         with pytest.raises(BadInput, match=says):
-            open_teachers(teacher_folders, tmp_path)
+            open_teachers(teacher_folders, tmp_path, kp.Asking(max_new_tokens=8)).rationales(questions, [2])
+
+
+def test_lines_of_another_run_are_found_also_half_written(tmp_path, monkeypatch):
+    path = tmp_path / "cache" / "said.jsonl"
+    key = "{:032x}".format
+    said = kp.Said(path)
+    said.append([dict(key=key(1), read=1, text='} "checksum": "0x1"}')])
+    other = kp.Said(path)
+    line = path.read_bytes().replace(key(1).encode(), key(2).encode())
+    with open(path, "ab") as file:
+        file.write(line[:-20])
+        file.flush()
+        other.find_lines()
+        assert key(2) not in other
+        file.write(line[-20:])
+    other.find_lines()
+    assert key(2) in other
+    said.append([dict(key=key(3), read=3, text="\u2028 \x85 \r\n")])  # which are no ends of lines here
+    other.find_lines()
+    assert [record["read"] for record in other.records([key(3), key(1)])] == [3, 1]
+    with pytest.raises(BadInput, match="said.jsonl:4: damaged"):  # its checksum is the first one's
+        list(other.records([key(2)]))
+    monkeypatch.setattr(kp, "json", None)
+    assert len(kp.Said(path).places) == 3  # without parsing a line
 
 
 # ------------------------------------------------------------------------- chat formats and truncation
@@ -670,5 +695,5 @@ def test_the_cache_holds_one_line_an_answer(world, teacher_folders, tmp_path):
     teachers = open_teachers(teacher_folders[:1], tmp_path, kp.Asking(max_new_tokens=8))
     teachers.scores(questions)
     teachers.rationales(questions, [0] * 3)
-    lines = [line for line in teachers.teachers[0].file.read_text().splitlines() if line]
+    lines = [line for line in teachers.teachers[0].said.path.read_text().splitlines() if line]
     assert len(lines) == 6
