@@ -90,7 +90,7 @@ from tqdm import tqdm
 import kp
 import model
 import train
-from data.micro import prepare
+from data.micro import prepare, students
 from data.questions import read_data
 from model import BadInput, require
 from purify import PURIFIERS
@@ -197,7 +197,7 @@ def show(seen):
     """Print a close look."""
     for q, said in seen:
         print("-" * 100)
-        print_line(q.task, kp.ask(q))
+        print_line(q.task, kp.with_choices(q))
         print_line("right answer", q.right)
         for who, text, worth, learnt in said:
             print_line("=> " * learnt + who, f"{text} [{worth}]", worth)
@@ -326,7 +326,7 @@ def train_all(args):
             common += [f"--{name}", *map(str, model.as_list(value))]
     folders = []
     commands = {}
-    worlds = set()
+    needed = set()  # of the micro world: its worlds and students
     for label, arguments in rows.items():
         for seed in range(args.seeds):
             folder = folder_of(args, arguments, seed)
@@ -338,9 +338,11 @@ def train_all(args):
             if not (same and (folder / "result.json").exists()):
                 commands[folder] = [*command, "--resume" if same else "--overwrite"]
             if not asked.data:
-                worlds.add((asked.world, asked.well_read))
-    for world in worlds:
-        prepare.prepare(*world)  # once, not in every run
+                needed.add((asked.world, asked.well_read, asked.student))
+    for world, well_read, student in needed:  # once, not in every run
+        folder = prepare.prepare(world, well_read)
+        if student in students.STUDENTS:
+            students.prepare_student(student, folder, world)
     with ThreadPoolExecutor(args.jobs) as pool:
         done = pool.map(start, commands.values(), [args.jobs] * len(commands))
         list(tqdm(done, "runs", len(commands), unit="run"))
@@ -663,7 +665,7 @@ def page(args):
         body += draw({"valid questions (%)": lines}, OVER["steps"])
     body += f"<p>{LEGEND}</p>\n"
     for q, said in seen:
-        body += f"<h2>{html.escape(kp.ask(q))}</h2>\n"
+        body += f"<h2>{html.escape(kp.with_choices(q))}</h2>\n"
         body += f"<p>{html.escape(q.task)}; right answer: {html.escape(q.right)}</p>\n"
         body += cards(said)
     return HEAD + body

@@ -56,7 +56,7 @@ class Question:
 # -------------------------------------------------------------------------------------- its prompts
 
 
-def ask(q):
+def with_choices(q):
     """Return the question with its choices, as teacher and student both read it."""
     text = q.text
     for letter, choice in zip(LETTERS, q.choices):
@@ -66,12 +66,12 @@ def ask(q):
 
 def predict_prompt(q):
     """Return the student's prompt for the answer."""
-    return f"predict: {ask(q)}"
+    return f"predict: {with_choices(q)}"
 
 
 def explain_prompt(q, prefix="explain"):
     """Return the student's prompt for a rationale."""
-    return f"{prefix}: {ask(q)}"
+    return f"{prefix}: {with_choices(q)}"
 
 
 def explain_prefixes(n_teachers):
@@ -84,7 +84,7 @@ def explain_prefixes(n_teachers):
 def score_prompt(q, examples=(), rationale=""):
     """Return the prompt that asks for the answer alone, perhaps in view of a rationale."""
     hint = f" Rationale: {rationale}" if rationale else ""
-    return f"{''.join(examples)}Question: {ask(q)}{hint} Answer:"
+    return f"{''.join(examples)}Question: {with_choices(q)}{hint} Answer:"
 
 
 def rationale_prompt(q, examples=(), tell_answer=False):
@@ -94,7 +94,7 @@ def rationale_prompt(q, examples=(), tell_answer=False):
     """
     told = f" The answer is {q.right}." if tell_answer else ""
     how = "Think step by step, and end with: the answer is (x)."
-    return f"{''.join(examples)}Question: {ask(q)}{told} {how}"
+    return f"{''.join(examples)}Question: {with_choices(q)}{told} {how}"
 
 
 def solved(q):
@@ -109,7 +109,7 @@ def explained(q, rationale, tell_answer=False):
 
 def aggregation_prompt(q, rationales):
     """Return the prompt that asks for one rationale of M. They have numbers, the choices letters."""
-    prompt = f"Question: {ask(q)}"
+    prompt = f"Question: {with_choices(q)}"
     for m, text in enumerate(rationales, 1):
         prompt += f" Rationale {m}: {text}"
     told = "Merge these rationales into one that is right, and end with: the answer is (x)."
@@ -409,20 +409,20 @@ def choice_logps(lm, tokenizer, prompts, choices, batch_size=64):
     prompt_ids = token_cache.prompts(prompts)
     tails = []  # N lists, the ids of each choice
     lengths = []  # N lists, how many ids that are
-    for prompt, own in zip(prompts, choices):
-        tails.append(token_cache.pairs(lm, [prompt] * len(own), own, end=False)[1])
+    for prompt, texts in zip(prompts, choices):
+        tails.append(token_cache.pairs(lm, [prompt] * len(texts), texts, end=False)[1])
         lengths.append(list(map(len, tails[-1])))
     sums = [None] * len(prompts)
     for rows in progress(model.by_length(prompt_ids, batch_size), "score"):
         ids, mask = model.pad([prompt_ids[row] for row in rows])  # (B, S)
-        own = [tails[row] for row in rows]
-        room = max(map(len, sum(own, [])))
+        batch = [tails[row] for row in rows]
+        room = max(map(len, sum(batch, [])))
         cache, first = lm.prefill(ids.to(device), mask.to(device), room)  # first: (B, V)
         n_read = cache.length
         logps = []
-        for i in range(max(map(len, own))):
+        for i in range(max(map(len, batch))):
             # A question with fewer choices reads one again, which does not count.
-            tokens, is_token = model.pad([ids[i % len(ids)] for ids in own])  # (B, T)
+            tokens, is_token = model.pad([ids[i % len(ids)] for ids in batch])  # (B, T)
             tokens = tokens.to(device)
             logits = first[:, None]  # of each choice's first token: the prompt alone decides
             if tokens.shape[1] > 1:
@@ -510,8 +510,8 @@ def by_task(questions, marks):
     for q, mark in zip(questions, marks):
         of_task[q.task].append(mark)
     shares = {}
-    for task, own in of_task.items():
-        shares[task] = fmean(own)
+    for task, its_marks in of_task.items():
+        shares[task] = fmean(its_marks)
     if shares:
         shares["mean"] = fmean(shares.values())
     return shares
@@ -554,8 +554,8 @@ class Teachers:
         """Return the rationale that teacher picks[i] gives to questions[i], N texts."""
         texts = {}  # of each teacher, in the order of the questions
         for m in sorted(set(picks)):
-            own = [q for q, pick in zip(questions, picks) if pick == m]
-            texts[m] = iter(self.at_hand(m).rationales(own))
+            picked = [q for q, pick in zip(questions, picks) if pick == m]
+            texts[m] = iter(self.at_hand(m).rationales(picked))
         return [next(texts[m]) for m in picks]
 
     def all_rationales(self, questions):

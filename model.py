@@ -646,7 +646,7 @@ class Cache:
         self.mask = mask  # T5: of the prompts, from `additive`. Llama: (B, room) bool, True at tokens
         self.room = 0  # tokens that the buffers can hold
         self.length = 0  # tokens that they hold
-        self.own = []  # per layer keys and values of these tokens, (2, B, H, room, Dh)
+        self.kept = []  # per layer keys and values of these tokens, (2, B, H, room, Dh)
         self.cross = []  # T5: the same of the encoder's output, (B, H, S, Dh) each
 
     def run(self, block, *inputs):
@@ -664,16 +664,16 @@ class Cache:
         if self.room == 0:
             return k, v
         new = torch.stack((k, v))
-        if layer == len(self.own):
-            self.own.append(F.pad(new, (0, 0, 0, self.room - new.shape[3])))
-        kept = self.own[layer]
+        if layer == len(self.kept):
+            self.kept.append(F.pad(new, (0, 0, 0, self.room - new.shape[3])))
+        buffer = self.kept[layer]
         end = self.length + new.shape[3]
-        kept[:, :, :, self.length : end] = new
-        return kept[:, :, :, :end]
+        buffer[:, :, :, self.length : end] = new
+        return buffer[:, :, :, :end]
 
     def select(self, rows):
         """Keep these rows of the batch, in this order; a row named twice is copied."""
-        self.own = [kept[:, rows] for kept in self.own]
+        self.kept = [buffer[:, rows] for buffer in self.kept]
         self.cross = [(k[rows], v[rows]) for k, v in self.cross]
         self.mask = self.mask[rows]
 

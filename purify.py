@@ -106,7 +106,7 @@ class Purifier:
 
     def embed(self, questions):
         """Return E(q), (N, D) of unit length."""
-        return self.embed_texts(map(kp.ask, questions))
+        return self.embed_texts(map(kp.with_choices, questions))
 
     def embed_texts(self, texts):
         """Return E(text), (N, D) of unit length. Each text is embedded once."""
@@ -237,10 +237,10 @@ class Routing(Choice):
         for name, ours in (("purifier", self.args.purifier), ("teachers", self.teachers.names)):
             theirs = json.loads(metadata.get(name, "null"))
             model.require(theirs == ours, f"{file}: fitted with {name} {theirs}, not {ours}")
-        own = model.part_of(tensors, "encoder")
-        if own:
+        tuned = model.part_of(tensors, "encoder")
+        if tuned:
             encoder, _ = self.encoder
-            encoder.load_state_dict(own)
+            encoder.load_state_dict(tuned)
         probe = self.embed_texts([PROBE])
         theirs = tensors["probe"]
         same = probe.shape == theirs.shape and probe.allclose(theirs, atol=1e-3)
@@ -283,7 +283,7 @@ class ClassifierRouting(Routing):
         router = self.router().fit(self.embed(questions), scores)
         self.embeddings.clear()  # they are of the encoder before
         room = encoder.config.get("max_position_embeddings", kp.MAX_LENGTH)
-        ids = kp.TokenCache(tokenizer, room).prompts(map(kp.ask, questions))
+        ids = kp.TokenCache(tokenizer, room).prompts(map(kp.with_choices, questions))
         targets = router.target(scores)
         parameters = [*encoder.parameters(), *router.head.parameters()]
         optimizer = torch.optim.AdamW(parameters, self.LR)

@@ -373,7 +373,7 @@ def draw_visits(questions, token_cache, args, n_ranks=1):
     for start in range(0, n_visits, 8 * size):
         rows = sorted(
             order[start : start + 8 * size],
-            key=lambda row: len(token_cache.prompts([kp.ask(questions[row])])[0])
+            key=lambda row: len(token_cache.prompts([kp.with_choices(questions[row])])[0])
         )
         batches = [rows[i : i + size] for i in range(0, len(rows), size)]
         visits += random.Random(f"{args.seed} {start}").sample(batches, len(batches))
@@ -683,8 +683,8 @@ class Ranks:
         if self.count == 1:
             return loss
         total, answer, rationale, tokens, padded = loss
-        own = kp.DualLoss(total.cpu(), answer.cpu(), rationale.cpu(), tokens, padded)
-        return kp.join(self.collect(own))
+        part = kp.DualLoss(total.cpu(), answer.cpu(), rationale.cpu(), tokens, padded)
+        return kp.join(self.collect(part))
 
 
 # -------------------------------------------------------------------------------- the closing table

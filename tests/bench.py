@@ -262,14 +262,18 @@ def scoring(pair, n=8):
 
 
 def loading(pair):
-    """(d) From disk to a model that is ready to run."""
+    """(d) From disk to a model whose weights were used once: until then they may be on the disk still."""
     theirs = their_class(pair.config)
 
+    def use(lm):
+        for p in lm.parameters():
+            p.sum()
+
     def our_run():
-        model.load(pair.folder, pair.device)
+        use(model.load(pair.folder, pair.device)[0])
 
     def their_run():
-        theirs.from_pretrained(pair.folder, dtype=torch.float32).to(pair.device)
+        use(theirs.from_pretrained(pair.folder, dtype=torch.float32).to(pair.device))
 
     return pair.compare(f"{pair.kind} is loaded", our_run, their_run)
 

@@ -72,8 +72,8 @@ def test_the_dual_loss_is_the_two_losses_computed_apart(world, teacher_folders):
     expected = 0.0
     n_tokens = 0
     for q, texts in zip(questions, rationales):
-        answers.append(alone(f"predict: {kp.ask(q)}", q.choices[q.answer]))
-        own = [alone(f"explain: {kp.ask(q)}", text) for text in texts]
+        answers.append(alone(f"predict: {kp.with_choices(q)}", q.choices[q.answer]))
+        own = [alone(f"explain: {kp.with_choices(q)}", text) for text in texts]
         explained += own
         expected += answers[-1] / len(questions)
         if own:
@@ -246,7 +246,7 @@ def test_a_decoder_only_student_answers_and_explains_through_its_chat(monkeypatc
     said = kp.say(student, token_cache, map(kp.predict_prompt, questions), 9)
     told = [replace(q, choices=("oak", text)) for q, text in zip(questions, said)]
     assert kp.say(student, token_cache, map(kp.predict_prompt, questions), 9) == said
-    monkeypatch.setattr(kp, "predict_prompt", lambda q: f"predict: {kp.ask(questions[int(q.id)])}")
+    monkeypatch.setattr(kp, "predict_prompt", lambda q: f"predict: {kp.with_choices(questions[int(q.id)])}")
     assert kp.exact_match(student, token_cache, told, 9) == {"t": 1.0, "mean": 1.0}
 
 
@@ -355,7 +355,7 @@ def test_a_long_prompt_is_cut_alike_in_training_evaluation_and_embedding(says_ag
     assert explained_from == token_cache.prompts([kp.explain_prompt(q)])[0]
 
     # An encoder reads the question without a task: its first token and its end stay.
-    model.embed(student, tokenizer, [kp.ask(q)])
+    model.embed(student, tokenizer, [kp.with_choices(q)])
     tokens = [tokenizer.id_to_token(token) for token in student.rows[3]]
     assert len(tokens) == 512
     assert tokens[-len(QUESTION_AND_CHOICES) :] == QUESTION_AND_CHOICES

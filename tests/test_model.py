@@ -412,7 +412,7 @@ def test_recompute_leaves_a_cache_with_room_alone():
         assert torch.equal(lm.generate(ids, mask, 8), plain)
         cache, first = lm.prefill(ids, mask, 2)  # with gradients, as nobody should
         lm.step(torch.full((N, 1), 9), cache)
-        assert len(cache.own) == 2 - (name == "t5") and first.requires_grad
+        assert len(cache.kept) == 2 - (name == "t5") and first.requires_grad
 
 
 # -------------------------------------------------------------------------- cache, batches, padding

@@ -165,7 +165,7 @@ def byte_tokenizer(special, starts):
     trainer = trainers.BpeTrainer(
         vocab_size=360, special_tokens=special, initial_alphabet=alphabet, show_progress=False
     )
-    tokenizer.train_from_iterator([kp.ask(q) for q in QUESTIONS], trainer)
+    tokenizer.train_from_iterator([kp.with_choices(q) for q in QUESTIONS], trainer)
     if starts:
         ids = [(starts, tokenizer.token_to_id(starts))]
         tokenizer.post_processor = processors.TemplateProcessing(single=f"{starts} $A", special_tokens=ids)
