@@ -22,7 +22,7 @@ best-scoring teacher of each question), answers (no rationale)"""
 WHICH_TEACHERS = """checkpoint folders, and .jsonl files of ready rationales (default: DATA/rationales/*;
 in the micro world: names of its teachers)"""
 WHICH_STUDENT = """checkpoint folder (T5, Llama, Mistral, Qwen2, Qwen3), or the micro world's: tiny (a
-T5), tiny-half and tiny-double (its width), tiny-llama; with --data tiny is a new T5"""
+T5), tiny-half and tiny-quarter (of its width), tiny-llama; with --data tiny is a new T5"""
 
 
 def at_least(least):

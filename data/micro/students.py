@@ -18,7 +18,7 @@ from data.micro import prepare
 
 STUDENTS = {  # {name: the T5's sizes; None: a Llama}
     "tiny-half": dict(d_model=48, num_heads=4, d_ff=128),
-    "tiny-double": dict(d_model=192, num_heads=16, d_ff=512),
+    "tiny-quarter": dict(d_model=24, num_heads=2, d_ff=64),
     "tiny-llama": None,  # as large as tiny
 }
 STEPS = prepare.FICTIONS * prepare.STEPS_IN_EACH
