@@ -545,8 +545,8 @@ class ReinforcedAsPublished(Reinforced):
         return torch.stack(states, 1), 1
 
     def log_policy(self, rows):
-        chances = self.policy(self.states[rows])[..., 0].sigmoid()  # (B, M)
-        return sum_to_one(chances).log()
+        outputs = self.policy(self.states[rows])[..., 0]  # (B, M)
+        return F.logsigmoid(outputs).log_softmax(1)  # log of sigmoid_m / (sum of sigmoids)
 
     def reward(self, step, loss):
         return -(loss.answer + loss.rationale).float().cpu()
