@@ -656,6 +656,9 @@ def test_the_published_rl_draws_by_its_sigmoids_and_sees_only_right_rationales()
     made.rationales(0)
     loss = kp.DualLoss(None, torch.tensor([1.0, 2, 3, 4]), torch.full((4,), 0.5), 0, 0)
     assert torch.equal(made.reward(0, loss), torch.tensor([-1.5, -2.5, -3.5, -4.5]))
+    with torch.no_grad():
+        made.policy[2].bias.fill_(-1000.0)  # where each sigmoid is 0 in float32
+    assert torch.allclose(made.log_policy([0, 1, 2, 3]).exp().sum(1), torch.ones(4))
 
 
 class Sayings:
