@@ -808,8 +808,10 @@ class Said:
         with open(self.path, "rb") as file:
             for key in keys:
                 file.seek(self.places[key])
-                line = file.readline()
-                record = json.loads(line) if is_json(line) else {}
+                try:
+                    record = json.loads(file.readline())
+                except ValueError:
+                    record = {}
                 if record.pop("checksum", None) != model.checksum(record):
                     self.refuse(self.places[key])
                 yield record
@@ -822,6 +824,7 @@ class Said:
     def append(self, records):
         """Write records, each by one append."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
+        # Other runs may write to the same file: the buffer makes one append of each line.
         with open(self.path, "ab", buffering=2**24) as file:
             for record in records:
                 checked = {**record, "checksum": model.checksum(record)}

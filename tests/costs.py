@@ -58,12 +58,12 @@ def measure(name, folder):
     else:
         purifier.fit()
         router = purifier.router().fit(**purifier.fitted_on)
-        encoder, _ = purifier.encoder
-        n = {
-            "router": lambda: size(router.project) + router.teachers.numel(),
-            "plackett-luce": lambda: 0,
-            "classifier": lambda: size(router.head, encoder.encoder, encoder.shared),
-        }[name]()
+        n = 0  # Plackett-Luce keeps the questions that it was fitted on
+        if name == "router":
+            n = size(router.project) + router.teachers.numel()
+        elif name == "classifier":
+            encoder, _ = purifier.encoder
+            n = size(router.head, encoder.encoder, encoder.shared)
 
         def work():
             router.route(purifier.embed(questions))
