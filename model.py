@@ -79,21 +79,45 @@ class Model(nn.Module):
         cache, logits = self.prefill(input_ids, attention_mask, max_new_tokens)
         for t in range(max_new_tokens):
             if t > 0:
-                logits = self.step(tokens[:, None], cache)[:, -1]
+                logits = self.next_logits(tokens[:, None], cache)
             tokens = logits.argmax(-1)  # (rows,)
             out[rows, t] = tokens.where(alive, filler)
             alive &= ~torch.isin(tokens, ends)
             n_alive = int(alive.sum())
             if n_alive == 0:
                 return out[:, : t + 1]
-            # Rows that have ended leave the batch. This costs a step: wait until it saves that.
-            if n_alive <= 0.75 * len(rows):
+            # Rows that have ended leave the batch. This costs a step, on a GPU a graph: wait until
+            # it saves that. There the weights are read, however few rows there are.
+            if n_alive <= len(rows) * (0.75 if tokens.is_cpu else 0.25):
                 kept = alive.nonzero()[:, 0]  # numbers: each selection by `alive` waits for a GPU
                 cache.select(kept)
                 rows = rows[kept]
                 tokens = tokens[kept]
                 alive = alive[kept]
         return out
+
+    def next_logits(self, tokens, cache):
+        """The next token of each row (B, 1) -> logits (B, V). On a GPU the step is a CUDA graph.
+
+        A step of one token is a thousand small kernels: to launch them takes longer than to run them.
+        As a graph they are launched at once, again and again, with other tokens at another place.
+        """
+        if not tokens.is_cuda:
+            return self.step(tokens, cache)[:, -1]
+        if cache.graph is None:
+            n_read = cache.length
+            cache.tokens = tokens.clone()
+            cache.place = torch.full((1,), n_read, device=tokens.device)
+            self.step(cache.tokens, cache)  # what a first call sets up must not be in the graph
+            cache.graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(cache.graph, capture_error_mode="thread_local"):
+                cache.logits = self.step(cache.tokens, cache)[:, -1]
+            cache.length = n_read
+        cache.tokens.copy_(tokens)
+        cache.place.fill_(cache.length)
+        cache.graph.replay()
+        cache.length += 1
+        return cache.logits
 
 
 class Linear(nn.Linear):
@@ -252,8 +276,8 @@ class T5Stack(nn.Module):
         encoder's padding.
         """
         table = self.block[0].layer[0].SelfAttention.relative_attention_bias
-        key = torch.arange(cache.length + n, device=table.weight.device)  # (S,)
-        distance = key - key[-n:, None]  # (n, S)
+        query, key = cache.places(n)
+        distance = key - query[:, None]  # (n, S)
         buckets = relative_position_buckets(
             distance, not self.is_decoder, table.num_embeddings, self.max_distance)
         bias = table(buckets).permute(2, 0, 1)[None]
@@ -483,15 +507,13 @@ class Llama(Model):
             if p.dim() == 2:
                 nn.init.normal_(p, std=c.initializer_range)
 
-    def mask(self, n, cache):
-        """Return (B, 1, n, S) bool: where the next n tokens may look.
+    def mask(self, query, key, is_token):
+        """Places (n,) and (S,), is_token (B, S) -> (B, 1, n, S) bool: where the tokens may look.
 
         A token sees the tokens before it and itself, `sliding_window` of them at most. Padding sees
         itself too, so no row is empty.
         """
-        is_token = cache.mask[:, : cache.length + n]  # (B, S)
-        key = torch.arange(is_token.shape[1], device=is_token.device)
-        query = key[-n:, None]  # (n, 1)
+        query = query[:, None]
         seen = is_token[:, None, None] & (key < query)
         if self.c.sliding_window:
             seen &= key > query - self.c.sliding_window
@@ -511,11 +533,11 @@ class Llama(Model):
     def step(self, tokens, cache, keep=slice(None)):
         """The next T tokens (B, T) -> logits (B, T, V), or of the tokens `keep` alone."""
         n = tokens.shape[1]
-        mask = self.mask(n, cache)
+        query, key = cache.places(n)
+        mask = self.mask(query, key, cache.mask[:, : len(key)])
         h = self.model.embed_tokens(tokens)
         # Padding counts as places too: RoPE's scores depend on distances alone.
-        places = torch.arange(cache.length, cache.length + n, device=h.device)
-        angles = places[:, None] * self.frequencies.to(h.device)  # (n, Dh)
+        angles = query[:, None] * self.frequencies.to(h.device)  # (n, Dh)
         rotation = angles.cos().to(h.dtype), angles.sin().to(h.dtype)
         for i, layer in enumerate(self.model.layers):
             h = cache.run(layer, h, rotation, mask, cache, i)
@@ -648,6 +670,15 @@ class Cache:
         self.length = 0  # tokens that they hold
         self.kept = []  # per layer keys and values of these tokens, (2, B, H, room, Dh)
         self.cross = []  # T5: the same of the encoder's output, (B, H, S, Dh) each
+        self.graph = None  # see Model.next_logits
+        self.place = None  # with a graph: where the next token goes, (1,); `length` otherwise
+
+    def places(self, n):
+        """Return where the next n tokens stand, (n,), and all places that there are then, (S,)."""
+        if self.place is not None:  # a graph has one size: places that are still empty are masked
+            return self.place, torch.arange(self.room, device=self.mask.device)
+        key = torch.arange(self.length + n, device=self.mask.device)
+        return key[self.length :], key
 
     def run(self, block, *inputs):
         """Return block(*inputs).
@@ -667,6 +698,8 @@ class Cache:
         if layer == len(self.kept):
             self.kept.append(F.pad(new, (0, 0, 0, self.room - new.shape[3])))
         buffer = self.kept[layer]
+        if self.place is not None:
+            return buffer.index_copy_(3, self.place, new)
         end = self.length + new.shape[3]
         buffer[:, :, :, self.length : end] = new
         return buffer[:, :, :, :end]
@@ -676,6 +709,8 @@ class Cache:
         self.kept = [buffer[:, rows] for buffer in self.kept]
         self.cross = [(k[rows], v[rows]) for k, v in self.cross]
         self.mask = self.mask[rows]
+        self.graph = None
+        self.place = None
 
 
 # ------------------------------------------------------------------------------- sentence vectors

@@ -272,12 +272,12 @@ def test_causal_window_written_out():
     lm, _, _, _ = load("llama-2")
     tokens = torch.tensor([[True] * 4, [False] + [True] * 3])
     lm.c.sliding_window = None
-    cache = model.Cache(tokens)
-    assert lm.mask(4, cache)[1, 0, 0].int().tolist() == [1, 0, 0, 0]  # padding sees itself
-    cache.length = 2
-    assert lm.mask(2, cache)[:, 0].int().tolist() == [[[1, 1, 1, 0], [1, 1, 1, 1]], [[0, 1, 1, 0], [0, 1, 1, 1]]]
+    key = torch.arange(4)
+    assert lm.mask(key, key, tokens)[1, 0, 0].int().tolist() == [1, 0, 0, 0]  # padding sees itself
+    seen = lm.mask(key[2:], key, tokens)[:, 0]
+    assert seen.int().tolist() == [[[1, 1, 1, 0], [1, 1, 1, 1]], [[0, 1, 1, 0], [0, 1, 1, 1]]]
     lm.c.sliding_window = 2
-    assert lm.mask(2, cache)[:, 0].int().tolist() == [[[0, 1, 1, 0], [0, 0, 1, 1]]] * 2
+    assert lm.mask(key[2:], key, tokens)[:, 0].int().tolist() == [[[0, 1, 1, 0], [0, 0, 1, 1]]] * 2
 
 
 @torch.no_grad()
@@ -453,6 +453,23 @@ def test_t5_cache_equals_full_forward(name):
     close(lm.step(decoder[:, 1:4], cache), full[:, 1:4])
     for t in range(4, decoder.shape[1]):
         close(lm.step(decoder[:, t : t + 1], cache), full[:, t : t + 1])
+
+
+@pytest.mark.parametrize("name", DECODERS + ENCODER_DECODERS)
+@torch.no_grad()
+def test_a_place_of_its_own_changes_nothing(name):
+    """As a CUDA graph's steps do: each reads buffers of full length, and is told where it stands."""
+    lm, _, _, rows = load(name)
+    sliced, _ = lm.prefill(*pad(rows, "right"), 9)
+    placed, _ = lm.prefill(*pad(rows, "right"), 9)
+    for step in range(9 - (name in ENCODER_DECODERS)):
+        tokens = torch.randint(3, 64, (N, 1))
+        placed.place = torch.tensor([placed.length])
+        for buffer in placed.kept:  # what is there already must not count
+            buffer[:, :, :, placed.length :] = 7.0
+        close(lm.step(tokens, placed), lm.step(tokens, sliced))
+    placed.select(torch.arange(2))
+    assert placed.place is None
 
 
 @pytest.mark.parametrize("name", DECODERS + ENCODER_DECODERS)
