@@ -24,6 +24,7 @@ import math
 import os
 import shutil
 import sys
+import threading
 import zlib
 from pathlib import Path
 from types import SimpleNamespace
@@ -131,6 +132,19 @@ class Linear(nn.Linear):
         return y if self.bias is None else y + self.bias
 
 
+class RMSNorm(nn.RMSNorm):
+    """x / sqrt(mean of x^2) * weight."""
+
+    def forward(self, x):
+        return as_products_want(super().forward(x))
+
+
+def as_products_want(x):
+    """Cast x once as autocast would in every product that reads it; without autocast it stays."""
+    kind = x.device.type
+    return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
+
+
 def parts(**modules):
     """Return a module that holds these: parts(q=Linear(...)).q, and q.weight in the state dict."""
     return nn.ModuleDict(modules)
@@ -234,23 +248,27 @@ class T5Block(nn.Module):
 
     def __init__(self, c, is_decoder):
         super().__init__()
-        norm = functools.partial(nn.RMSNorm, c.d_model, c.layer_norm_epsilon)
+        norm = functools.partial(RMSNorm, c.d_model, c.layer_norm_epsilon)
         self.layer = nn.ModuleList()
         self.layer.append(parts(SelfAttention=T5Attention(c), layer_norm=norm()))
         if is_decoder:
             self.layer.append(parts(EncDecAttention=T5Attention(c), layer_norm=norm()))
         self.layer.append(parts(DenseReluDense=T5FeedForward(c), layer_norm=norm()))
 
-    def forward(self, h, bias, cache, i):
-        """h (B, T, D), bias (1 or B, H, T, S) -> (B, T, D). This is block i of its stack."""
+    def forward(self, h, bias, cross, append=None):
+        """h (B, T, D), bias (1 or B, H, T, S) -> (B, T, D).
+
+        cross: keys, values and mask of the encoder's output, or (). append: see `Cache.run`.
+        """
         layer = self.layer[0]
         x = layer.layer_norm(h)
-        k, v = cache.append(i, *layer.SelfAttention.keys_values(x))
+        k, v = layer.SelfAttention.keys_values(x)
+        if append:
+            k, v = append(k, v)
         h = h + layer.SelfAttention(x, k, v, bias)
-        if cache.cross:
+        if cross:
             layer = self.layer[1]
-            k, v = cache.cross[i]
-            h = h + layer.EncDecAttention(layer.layer_norm(h), k, v, cache.mask)
+            h = h + layer.EncDecAttention(layer.layer_norm(h), *cross)
         layer = self.layer[-1]
         return h + layer.DenseReluDense(layer.layer_norm(h))
 
@@ -266,7 +284,7 @@ class T5Stack(nn.Module):
         # One bias per bucket and head. The first block holds them, all blocks use them.
         table = nn.Embedding(c.relative_attention_num_buckets, c.num_heads)
         self.block[0].layer[0].SelfAttention.relative_attention_bias = table
-        self.final_layer_norm = nn.RMSNorm(c.d_model, c.layer_norm_epsilon)
+        self.final_layer_norm = RMSNorm(c.d_model, c.layer_norm_epsilon)
         self.dropout = nn.Dropout(c.dropout_rate)
 
     def bias(self, n, cache):
@@ -281,9 +299,8 @@ class T5Stack(nn.Module):
         buckets = relative_position_buckets(
             distance, not self.is_decoder, table.num_embeddings, self.max_distance)
         bias = table(buckets).permute(2, 0, 1)[None]
-        if self.is_decoder:
-            return bias.masked_fill(distance > 0, -math.inf)
-        return bias + cache.mask
+        bias = bias.masked_fill(distance > 0, -math.inf) if self.is_decoder else bias + cache.mask
+        return as_products_want(bias)
 
     def forward(self, h, cache, keep=slice(None)):
         """h (B, T, D), the next T tokens -> hidden states (B, T, D), or of the tokens `keep` alone."""
@@ -291,7 +308,8 @@ class T5Stack(nn.Module):
         bias = self.bias(n, cache)
         h = self.dropout(h)
         for i, block in enumerate(self.block):
-            h = cache.run(block, h, bias, cache, i)
+            cross = (*cache.cross[i], cache.mask) if cache.cross else ()
+            h = cache.run(block, i, h, bias, cross)
         cache.length += n
         return self.dropout(self.final_layer_norm(h)[keep])
 
@@ -332,6 +350,9 @@ class T5(Model):
             elif ".q." in name:  # attention does not divide by sqrt(Dh): the weights begin divided
                 fan_in *= c.d_kv
             nn.init.normal_(p, std=fan_in**-0.5)
+
+    def blocks(self):
+        return [*self.encoder.block, *self.decoder.block]
 
     def encode(self, input_ids, attention_mask):
         """ids and mask (B, S) -> the encoder's hidden states (B, S, D)."""
@@ -407,17 +428,25 @@ def rotate(x, cos, sin):
     return torch.addcmul(x * cos, partners, sin)
 
 
-def attend(q, k, v, mask):
+def attend(q, k, v, bias):
     """Attention of q (B, H, T, Dh) to k, v (B, K, S, Dh), where H / K heads of q share one -> like q."""
     n_sharing = q.shape[1] // k.shape[1]
-    if q.is_cpu or n_sharing == 1:
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=n_sharing > 1)
-    # With a mask, PyTorch 2.6 to 2.9 (at least) has no fused kernel for this on most GPUs: it writes
-    # out all scores. So the heads that share keys become more rows of one head.
+    can_share = q.is_cpu or not torch.is_grad_enabled() and has_shared_heads(q.device, q.dtype)
+    if n_sharing == 1 or can_share:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, enable_gqa=n_sharing > 1)
+    # Without such a kernel PyTorch writes out all scores. So the heads that share keys become more
+    # rows of one head.
     q = q.unflatten(1, (-1, n_sharing)).flatten(2, 3)  # (B, K, H / K * T, Dh)
-    mask = mask.repeat(1, 1, n_sharing, 1)
-    a = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    a = F.scaled_dot_product_attention(q, k, v, attn_mask=bias.repeat(1, 1, n_sharing, 1))
     return a.unflatten(2, (n_sharing, -1)).flatten(1, 2)
+
+
+@functools.cache
+def has_shared_heads(device, dtype):
+    """Tell whether a GPU's fused kernel lets heads share keys under a bias: cuDNN's, from Hopper on."""
+    if device.type != "cuda" or dtype == torch.float32 or torch.__version__ < (2, 11):
+        return False
+    return torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 class LlamaLayer(nn.Module):
@@ -433,8 +462,8 @@ class LlamaLayer(nn.Module):
         d_q = c.num_attention_heads * c.head_dim
         d_kv = c.num_key_value_heads * c.head_dim
         self.width = c.head_dim
-        self.input_layernorm = nn.RMSNorm(D, c.rms_norm_eps)
-        self.post_attention_layernorm = nn.RMSNorm(D, c.rms_norm_eps)
+        self.input_layernorm = RMSNorm(D, c.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(D, c.rms_norm_eps)
         bias = c.attention_bias or c.model_type == "qwen2"
         self.self_attn = parts(
             q_proj=Linear(D, d_q, bias),
@@ -442,15 +471,18 @@ class LlamaLayer(nn.Module):
             v_proj=Linear(D, d_kv, bias),
             o_proj=Linear(d_q, D, c.attention_bias))
         if c.model_type == "qwen3":
-            self.self_attn.q_norm = nn.RMSNorm(c.head_dim, c.rms_norm_eps)
-            self.self_attn.k_norm = nn.RMSNorm(c.head_dim, c.rms_norm_eps)
+            self.self_attn.q_norm = RMSNorm(c.head_dim, c.rms_norm_eps)
+            self.self_attn.k_norm = RMSNorm(c.head_dim, c.rms_norm_eps)
         self.mlp = parts(
             gate_proj=Linear(D, inner),
             up_proj=Linear(D, inner),
             down_proj=Linear(inner, D))
 
-    def forward(self, h, rotation, mask, cache, i):
-        """h (B, T, D); rotation: cos and sin of the T places -> (B, T, D). This is layer i."""
+    def forward(self, h, rotation, bias, append=None):
+        """h (B, T, D); rotation: cos and sin of the T places; bias (B, 1, T, S) -> (B, T, D).
+
+        append: see `Cache.run`.
+        """
         attention = self.self_attn
         x = self.input_layernorm(h)
         projections = attention.q_proj, attention.k_proj, attention.v_proj
@@ -458,9 +490,11 @@ class LlamaLayer(nn.Module):
         if "q_norm" in attention:
             q = attention.q_norm(q)
             k = attention.k_norm(k)
-        q = rotate(q, *rotation)
-        k, v = cache.append(i, rotate(k, *rotation), v)
-        a = attend(q, k, v, mask)
+        n_heads = q.shape[1], k.shape[1]
+        q, k = rotate(torch.cat((q, k), 1), *rotation).split(n_heads, 1)
+        if append:
+            k, v = append(k, v)
+        a = attend(q, k, v, bias)
         h = h + attention.o_proj(merge_heads(a))
         x = self.post_attention_layernorm(h)
         return h + self.mlp.down_proj(F.silu(self.mlp.gate_proj(x)) * self.mlp.up_proj(x))
@@ -501,14 +535,18 @@ class Llama(Model):
         self.model = parts(
             embed_tokens=nn.Embedding(c.vocab_size, c.hidden_size),
             layers=nn.ModuleList(LlamaLayer(c) for _ in range(c.num_hidden_layers)),
-            norm=nn.RMSNorm(c.hidden_size, c.rms_norm_eps))
+            norm=RMSNorm(c.hidden_size, c.rms_norm_eps))
         self.lm_head = None if c.tie_word_embeddings else Linear(c.hidden_size, c.vocab_size)
         for p in self.parameters():
             if p.dim() == 2:
                 nn.init.normal_(p, std=c.initializer_range)
 
-    def mask(self, query, key, is_token):
-        """Places (n,) and (S,), is_token (B, S) -> (B, 1, n, S) bool: where the tokens may look.
+    def blocks(self):
+        return list(self.model.layers)
+
+    def bias(self, query, key, is_token):
+        """Places (n,) and (S,), is_token (B, S) -> what is added to the scores, (B, 1, n, S): minus
+        infinity where a token must not look.
 
         A token sees the tokens before it and itself, `sliding_window` of them at most. Padding sees
         itself too, so no row is empty.
@@ -517,7 +555,9 @@ class Llama(Model):
         seen = is_token[:, None, None] & (key < query)
         if self.c.sliding_window:
             seen &= key > query - self.c.sliding_window
-        return seen | (key == query)
+        seen = seen | (key == query)
+        bias = torch.zeros(seen.shape, dtype=self.model.norm.weight.dtype, device=seen.device)
+        return as_products_want(bias.masked_fill(~seen, -math.inf))
 
     def forward(self, input_ids, attention_mask, keep=slice(None)):
         """ids (B, T), mask (B, T) of 1 and 0 -> logits (B, T, V). Mask and `keep` are as in T5."""
@@ -534,13 +574,13 @@ class Llama(Model):
         """The next T tokens (B, T) -> logits (B, T, V), or of the tokens `keep` alone."""
         n = tokens.shape[1]
         query, key = cache.places(n)
-        mask = self.mask(query, key, cache.mask[:, : len(key)])
+        bias = self.bias(query, key, cache.mask[:, : len(key)])
         h = self.model.embed_tokens(tokens)
         # Padding counts as places too: RoPE's scores depend on distances alone.
         angles = query[:, None] * self.frequencies.to(h.device)  # (n, Dh)
         rotation = angles.cos().to(h.dtype), angles.sin().to(h.dtype)
         for i, layer in enumerate(self.model.layers):
-            h = cache.run(layer, h, rotation, mask, cache, i)
+            h = cache.run(layer, i, h, rotation, bias)
         cache.length += n
         head = self.lm_head or self.model.embed_tokens
         return linear(self.model.norm(h)[keep], head.weight)
@@ -680,13 +720,16 @@ class Cache:
         key = torch.arange(self.length + n, device=self.mask.device)
         return key[self.length :], key
 
-    def run(self, block, *inputs):
-        """Return block(*inputs).
+    def run(self, block, i, *inputs):
+        """Return what block i makes of its inputs, and of the keys and values that are kept.
 
-        With `recompute` autograd keeps the inputs alone; its backward pass runs the block again
+        In training nothing is kept. Then the block is compiled where train.py says so. With
+        `recompute` autograd keeps the inputs alone, and its backward pass runs the block again
         (gradient checkpointing, arXiv 1604.06174).
         """
-        if self.recompute and self.room == 0:
+        if self.room > 0 or not torch.is_grad_enabled():
+            return block.forward(*inputs, functools.partial(self.append, i))
+        if self.recompute:
             return checkpoint(block, *inputs, use_reentrant=False)
         return block(*inputs)
 
@@ -695,14 +738,14 @@ class Cache:
         if self.room == 0:
             return k, v
         new = torch.stack((k, v))
-        if layer == len(self.kept):
-            self.kept.append(F.pad(new, (0, 0, 0, self.room - new.shape[3])))
-        buffer = self.kept[layer]
-        if self.place is not None:
-            return buffer.index_copy_(3, self.place, new)
         end = self.length + new.shape[3]
-        buffer[:, :, :, self.length : end] = new
-        return buffer[:, :, :, :end]
+        if layer == len(self.kept):
+            self.kept.append(F.pad(new, (0, 0, 0, self.room - end)))
+        elif self.place is not None:
+            return self.kept[layer].index_copy_(3, self.place, new)
+        else:
+            self.kept[layer][:, :, :, self.length : end] = new
+        return self.kept[layer][:, :, :, :end]
 
     def select(self, rows):
         """Keep these rows of the batch, in this order; a row named twice is copied."""
@@ -856,7 +899,9 @@ def read_weights(lm, path, device, dtype):
     """
     again = "download the folder again"
     tensors = {}
-    for file in weight_files(path):
+    files = weight_files(path)
+    read_ahead(files)
+    for file in files:
         tensors |= read_tensors(file)[0]  # maps of the file, not read yet
     tensors = {name.removeprefix("bert."): tensor for name, tensor in tensors.items()}
     if isinstance(lm, T5) and "lm_head.weight" not in tensors:
@@ -883,6 +928,19 @@ def read_weights(lm, path, device, dtype):
         ends = torch.stack(state[name].aminmax())  # 20 times as fast as isfinite() of all
         require(ends.isfinite().all(), f"{place} holds NaN or infinite numbers; {again}")
     return state
+
+
+def read_ahead(files):
+    """Read large files in the background: page by page, as a map is, they come at half the speed."""
+
+    def read():
+        for file in files:
+            with open(file, "rb", buffering=0) as opened:
+                while opened.read(2**24):
+                    pass
+
+    if sum(file.stat().st_size for file in files) >= 2**30:
+        threading.Thread(target=read, daemon=True).start()
 
 
 def save(lm, tokenizer, path):

@@ -197,7 +197,7 @@ def training(pair, batch, source, target):
     return row
 
 
-def generation(pair, batch, n_new):
+def generation(pair, batch, n_new, ends=None):
     """(b) Greedy, uneven prompts, rows that end at different times: every 12th token ends a row."""
     rng = random.Random(batch)
     ids, mask = model.pad([pair.tokens(rng, 20, 100) for _ in range(batch)])
@@ -206,9 +206,10 @@ def generation(pair, batch, n_new):
         mask = mask.flip(1)
     ids = ids.to(pair.device)
     mask = mask.to(pair.device)
-    ends = list(range(1, pair.config["vocab_size"], 12))
+    if ends is None:
+        ends = list(range(1, pair.config["vocab_size"], 12))
     pair.ours.config["eos_token_id"] = ends
-    pair.theirs.generation_config.eos_token_id = ends
+    pair.theirs.generation_config.eos_token_id = ends or None
     pair.theirs.generation_config.pad_token_id = 0
 
     def our_run():

@@ -1,6 +1,6 @@
 """Everything that wants a GPU, measured in one go: real shapes, random weights. No test: run it.
 
-    python tests/gpu.py                        # about 20 minutes of an H100; writes tests/gpu.json
+    python tests/gpu.py                        # minutes of an H100; writes tests/gpu.json
     python tests/gpu.py --only decode prefill  # these sections alone; the others in the file stay
     python tests/gpu.py --tiny --out FILE      # the same code with tiny shapes, on a CPU too
 
@@ -41,7 +41,13 @@ SMALL = dict(vocab_size=500)
 SMALL_T5 = dict(SMALL, d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4)
 SMALL_LLAMA = dict(SMALL, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4)
 PAPER_HOURS = dict(TinyLLM=2.6, router="1.4 to 1.8")
-SHARD = 5 * 10**9  # bytes of a file, as Hugging Face cuts a checkpoint
+KERNELS = dict(  # by parts of their names; the first that fits
+    attention=("sdpa", "fmha", "flash", "attention"),
+    products=("nvjet", "gemm", "cutlass", "splitk"),
+    optimizer=("multi_tensor", "adam"),
+    the_rest=("",),
+)
+SHARD = 2 * 10**9  # bytes of a file, a checkpoint is cut into several
 
 
 class Numbers(Words):
@@ -139,6 +145,25 @@ class Machine:
         return taken, torch.cuda.max_memory_allocated() / 1e9 if self.on_cuda else None
 
 
+    def profile(self, run):
+        """Return where the GPU's time goes: {kind of kernel: ms}, and how many kernels there are."""
+        if not self.on_cuda:
+            return {}
+        self.wait()
+        activities = [torch.profiler.ProfilerActivity.CUDA]
+        with torch.profiler.profile(activities=activities) as profiled:
+            run()
+            self.wait()
+        ms = dict.fromkeys(KERNELS, 0.0)
+        n_kernels = 0
+        for event in profiled.key_averages():
+            names = event.key.lower()
+            kind = next(kind for kind, parts in KERNELS.items() if any(part in names for part in parts))
+            ms[kind] += event.self_device_time_total / 1e3
+            n_kernels += event.count
+        return dict(**{f"{kind}_ms": value for kind, value in ms.items()}, kernels=n_kernels)
+
+
 def ids_of(n, vocab_size, seed=0):
     """Return n token ids."""
     return [10 + (seed * 7919 + i * 31) % (vocab_size - 10) for i in range(n)]
@@ -194,14 +219,14 @@ def student_step(machine, student, batch, n_rationales=1, compiled=False):
     texts = [[text_of(ids_of(n_written, student.config["vocab_size"]))] * n_rationales] * batch
     token_cache = kp.TokenCache(Numbers())
     optimizer = torch.optim.AdamW(student.parameters(), 1e-5, fused=True)
-    net = student
     if compiled:  # as train.Ranks.wrap; a rehearsal does not wait for the compiler
-        net = torch.compile(student, dynamic=True, backend="eager" if machine.tiny else "inductor")
+        for block in student.blocks():
+            block.compile(dynamic=True, backend="eager" if machine.tiny else "inductor")
     student.train()
 
     def step():
         with torch.autocast(machine.device, torch.bfloat16):
-            loss = kp.dual_loss(net, token_cache, questions, texts, 1.0)
+            loss = kp.dual_loss(student, token_cache, questions, texts, 1.0)
         loss.total.backward()
         torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0)
         optimizer.step()
@@ -222,7 +247,9 @@ def time_student(machine, compiled):
     first = time.perf_counter() - start
     taken = machine.seconds(step)
     speed = dict(tokens_per_second=n_tokens / taken, mfu=flops / taken / machine.peak)
-    return dict(batch=batch, seconds=taken, first_step_seconds=first, **speed)
+    gb = machine.peak_memory(step)[1]
+    profile = machine.profile(step)
+    return dict(batch=batch, seconds=taken, first_step_seconds=first, **speed, gb=gb, profile=profile)
 
 
 def student(machine):
@@ -288,8 +315,11 @@ def prefill(machine):
     choices = [q.choices for q in questions]
     score = machine.seconds(lambda: kp.choice_logps(lm, Numbers(), prompts, choices))
     flops = batch * llama_flops(lm, n_read)
+    with torch.no_grad():
+        profile = machine.profile(lambda: lm.prefill(ids, mask, 8))
     return dict(
         batch=batch,
+        profile=profile,
         prefill_tokens_per_second=batch * n_read / reading,
         prefill_of_peak=flops / reading / machine.peak,
         scored_questions_per_second=batch / score,
@@ -298,42 +328,28 @@ def prefill(machine):
 
 
 def launches(machine):
-    """One step of a Llama-3.1-8B at batch 1: its kernels, its time on the GPU beside the clock's, and the
-    step as a CUDA graph: what is to be had where launching costs nothing.
-    """
-    from torch.profiler import ProfilerActivity, profile
-
+    """One step of a Llama-3.1-8B at batch 1 and 64, kernel by kernel and as a CUDA graph."""
     lm = machine.make(machine.shape(LLAMA_8B))
-    ids, mask = prompt_batch(machine, lm, 1, machine.size(512, 16))
-    with torch.no_grad():
-        cache, logits = lm.prefill(ids, mask, 64)
-        token = logits.argmax(-1)[:, None]
+    rows = {}
+    for batch in (1, machine.size(64, 2)):
+        ids, mask = prompt_batch(machine, lm, batch, machine.size(512, 16))
+        with torch.no_grad():
+            cache, logits = lm.prefill(ids, mask, 64)
+            tokens = logits.argmax(-1)[:, None]
 
-        def step():
-            out = lm.step(token, cache)
-            cache.length -= 1  # the same place again
-            return out
+            def step(run, tokens=tokens, cache=cache):
+                run(tokens, cache)
+                cache.length -= 1  # the same place again
 
-        found = dict(wall_ms=1e3 * machine.seconds(step, 10))
-        activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * machine.on_cuda
-        with profile(activities=activities) as profiled:
-            step()
+            found = dict(by_kernel_ms=1e3 * machine.seconds(lambda: step(lm.step)))
+            start = time.perf_counter()
+            step(lm.next_logits)
             machine.wait()
-        kernels = [e for e in profiled.events() if e.device_type.name == "CUDA"]
-        found["kernels"] = len(kernels)
-        found["on_gpu_ms"] = sum(e.time_range.elapsed_us() for e in kernels) / 1e3
-        found["operations"] = sum(e.name.startswith("aten::") for e in profiled.events())
-        if machine.on_cuda:
-            side = torch.cuda.Stream()
-            side.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(side):
-                step()
-            torch.cuda.current_stream().wait_stream(side)
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
-                step()
-            found["as_a_graph_ms"] = 1e3 * machine.seconds(graph.replay, 10)
-    return found
+            found["capture_ms"] = 1e3 * (time.perf_counter() - start)
+            found["graph_ms"] = 1e3 * machine.seconds(lambda: step(lm.next_logits), 10)
+            found["profile"] = machine.profile(lambda: step(lm.next_logits))
+        rows[f"batch_{batch}"] = found
+    return rows
 
 
 # --------------------------------------------------------------------------------------------- 3. loading
@@ -378,10 +394,10 @@ def read_all(files):
 
 
 def loading(machine):
-    """A Llama-3.1-8B is loaded from shards: cold (from the disk) and warm (from memory), beside reading
+    """A Llama of 6 GB is loaded from shards: cold (from the disk) and warm (from memory), beside reading
     the files, and beside copies from pinned memory. And its fingerprint, which a teacher needs.
     """
-    config = machine.shape(LLAMA_8B)
+    config = machine.shape(dict(LLAMA_8B, num_hidden_layers=8))
     lm = machine.make(config)
     needed = 1.1 * sum(tensor.nbytes for tensor in lm.state_dict().values())
     free = shutil.disk_usage(machine.disk or tempfile.gettempdir()).free
@@ -454,10 +470,9 @@ def memory(machine):
         n = machine.size(kp.Asking().batch_tokens // (n_read + n_new), 2)
         score, write = asked(machine, lm, n_read, n_new, n)
         weights = sum(p.nbytes for p in lm.parameters()) / 1e9
-        seconds, gb = machine.peak_memory(score)
-        rows[name] = dict(weights_gb=weights, rows=n, score_gb=gb, score_seconds=seconds)
-        seconds, gb = machine.peak_memory(write)
-        rows[name] |= dict(write_gb=gb, write_seconds=seconds)
+        score_gb = machine.peak_memory(score)[1]
+        write_gb = machine.peak_memory(write)[1]
+        rows[name] = dict(weights_gb=weights, rows=n, score_gb=score_gb, write_gb=write_gb)
         del lm, score, write
         drop()
     for recompute in (False, True):
@@ -470,8 +485,7 @@ def memory(machine):
             step, *_ = student_step(machine, student, batch)
             try:
                 step()  # makes AdamW's moments
-                seconds, gb = machine.peak_memory(step)
-                rows[name] = dict(gb=gb, seconds=seconds)
+                rows[name] = dict(gb=machine.peak_memory(step)[1])
             except torch.OutOfMemoryError:
                 rows[name] = dict(note="does not fit")
             del student, step
@@ -527,19 +541,25 @@ def recipe(machine):
 
 
 def both(machine, config):
-    """Return bench.Pair: the same random weights here and in transformers."""
+    """Return bench.Pair: the same random weights here and in transformers, made on the device."""
+    from transformers import AutoConfig
+
     ours = machine.make(machine.shape(config))
-    with tempfile.TemporaryDirectory(dir=machine.disk) as temporary:
-        folder = Path(temporary)
-        write_checkpoint(ours, folder, SHARD)
-        theirs = their_class(ours.config).from_pretrained(folder, dtype=torch.bfloat16)
-    theirs.to(machine.device).eval()
-    return Pair(ours.config, folder, ours, theirs, machine.device, machine.size(3, 1))
+    settings = {**ours.config, "eos_token_id": None}
+    how = AutoConfig.for_model(settings.pop("model_type"), **settings)
+    how.tie_word_embeddings = ours.config["tie_word_embeddings"]  # a T5's class sets it to true
+    with torch.device(machine.device):
+        theirs = their_class(ours.config).from_config(how, dtype=torch.bfloat16)
+    theirs.load_state_dict(ours.state_dict(), strict=False)
+    if hasattr(theirs, "shared"):  # a T5's embeddings have three names there
+        theirs.encoder.embed_tokens = theirs.decoder.embed_tokens = theirs.shared
+    return Pair(ours.config, None, ours, theirs.eval(), machine.device, machine.size(3, 1))
 
 
 def beside_transformers(machine):
     """tests/bench.py's pairs on these shapes, both in bfloat16 without autocast: ratio above 1, we are
-    faster. A Llama's generation also beside transformers' compiled static cache.
+    faster. No row ends before the last token. A Llama's generation also beside transformers' compiled
+    static cache.
     """
     if importlib.util.find_spec("transformers") is None:
         return dict(note="transformers is not installed")
@@ -549,12 +569,12 @@ def beside_transformers(machine):
     n_new = machine.size(64, 4)
     batches = (1, machine.size(64, 2))
     for batch in batches:
-        rows.append(generation(pair, batch, n_new))
+        rows.append(generation(pair, batch, n_new, ends=[]))
     rows.append(scoring(pair))
     if machine.on_cuda:
         pair.theirs.generation_config.cache_implementation = "static"
-        for batch in batches:
-            row = generation(pair, batch, n_new)
+        for batch in reversed(batches):
+            row = generation(pair, batch, n_new, ends=[])
             row["name"] += ", their compiled static cache"
             rows.append(row)
     return {row.pop("name"): row for row in rows}

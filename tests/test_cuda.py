@@ -110,6 +110,8 @@ def there(monkeypatch):
         return tensor(data, **how).to(device)
 
     monkeypatch.setattr(torch, "tensor", then_copied)
+    enabled = torch.is_autocast_enabled
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda kind: kind != "meta" and enabled(kind))
     with Pretended() as mode:
         yield mode
 
@@ -454,16 +456,42 @@ FUSED = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.
 
 
 @needs_cuda
+@pytest.mark.parametrize("learns", [False, True])
 @pytest.mark.parametrize("n_heads", [8, 2])
 @pytest.mark.parametrize("n", [1, 100])
-def test_attention_takes_a_fused_kernel(n_heads, n):
-    q = torch.randn(2, 8, n, 64, device="cuda", dtype=torch.bfloat16)
+def test_attention_takes_a_fused_kernel(n_heads, n, learns):
+    q = torch.randn(2, 8, n, 64, device="cuda", dtype=torch.bfloat16, requires_grad=learns)
     k = torch.randn(2, n_heads, 100, 64, device="cuda", dtype=torch.bfloat16)
-    mask = torch.ones(n, 100, device="cuda").tril(100 - n).bool().expand(2, 1, n, 100)
-    with sdpa_kernel(FUSED):  # raises where none of these can
-        found = model.attend(q, k, k, mask)
-    want = model.attend(q.cpu().float(), k.cpu().float(), k.cpu().float(), mask.cpu())
+    bias = torch.full((2, 1, n, 100), -torch.inf, device="cuda", dtype=torch.bfloat16).triu(101 - n)
+    with sdpa_kernel(FUSED), torch.set_grad_enabled(learns):  # raises where none of these can
+        found = model.attend(q, k, k, bias)
+    near = q.detach().cpu().float().requires_grad_(learns)
+    want = model.attend(near, k.cpu().float(), k.cpu().float(), bias.cpu().float())
     assert off_by(found.float().cpu(), want) < 0.02
+    if learns:
+        found.sum().backward()
+        want.sum().backward()
+        assert off_by(q.grad.float().cpu(), near.grad) < 0.02
+
+
+@needs_cuda
+@pytest.mark.parametrize("name", WRITERS)
+def test_a_graph_s_steps_are_the_steps(name, exact):
+    """Also after rows have left, and in buffers that hold something else behind the place."""
+    lm, _ = opened(name, "cuda")
+    _, _, _, rows = load(name)
+    ids, mask = (x.cuda() for x in pad(rows, "right"))
+    with torch.no_grad():
+        plain, _ = lm.prefill(ids, mask, 12)
+        graphed, _ = lm.prefill(ids, mask, 12)
+        for step in range(10):
+            if step == 5:
+                kept = torch.arange(0, N, 2, device="cuda")
+                plain.select(kept)
+                graphed.select(kept)
+            tokens = torch.randint(3, 64, (len(plain.mask), 1), device="cuda")
+            close(lm.next_logits(tokens, graphed), lm.step(tokens, plain)[:, -1])
+    assert plain.length == graphed.length
 
 
 @needs_cuda

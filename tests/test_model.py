@@ -273,11 +273,12 @@ def test_causal_window_written_out():
     tokens = torch.tensor([[True] * 4, [False] + [True] * 3])
     lm.c.sliding_window = None
     key = torch.arange(4)
-    assert lm.mask(key, key, tokens)[1, 0, 0].int().tolist() == [1, 0, 0, 0]  # padding sees itself
-    seen = lm.mask(key[2:], key, tokens)[:, 0]
-    assert seen.int().tolist() == [[[1, 1, 1, 0], [1, 1, 1, 1]], [[0, 1, 1, 0], [0, 1, 1, 1]]]
+    seen = lm.bias(key, key, tokens).exp()
+    assert seen[1, 0, 0].tolist() == [1, 0, 0, 0]  # padding sees itself
+    seen = lm.bias(key[2:], key, tokens).exp()[:, 0]
+    assert seen.tolist() == [[[1, 1, 1, 0], [1, 1, 1, 1]], [[0, 1, 1, 0], [0, 1, 1, 1]]]
     lm.c.sliding_window = 2
-    assert lm.mask(key[2:], key, tokens)[:, 0].int().tolist() == [[[0, 1, 1, 0], [0, 0, 1, 1]]] * 2
+    assert lm.bias(key[2:], key, tokens).exp()[:, 0].tolist() == [[[0, 1, 1, 0], [0, 0, 1, 1]]] * 2
 
 
 @torch.no_grad()
