@@ -136,13 +136,14 @@ class RMSNorm(nn.RMSNorm):
     """x / sqrt(mean of x^2) * weight."""
 
     def forward(self, x):
-        return as_products_want(super().forward(x))
+        x = super().forward(x)
+        return x.to(product_dtype(x))  # once, and not in every product that reads it
 
 
-def as_products_want(x):
-    """Cast x once as autocast would in every product that reads it; without autocast it stays."""
+def product_dtype(x):
+    """Return the dtype in which autocast would multiply x; its own without autocast."""
     kind = x.device.type
-    return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
 
 
 def parts(**modules):
@@ -158,12 +159,27 @@ def merge_heads(x):
     return x.transpose(1, 2).flatten(2)  # (B, H, T, Dh) -> (B, T, H * Dh)
 
 
-def additive(mask, dtype):
+def additive(mask, h):
     """(B, S) of 1 (token) and 0 (padding) -> (B, 1, 1, S) of 0 and a very negative number.
 
-    It is added to attention scores. It is finite, so a row of nothing but padding stays finite.
+    It is added to the scores of attention in h. It is finite, so a row of nothing but padding stays
+    finite.
     """
-    return (mask[:, None, None] == 0).to(dtype) * torch.finfo(dtype).min
+    dtype = product_dtype(h)
+    return for_attention((mask[:, None, None] == 0).to(dtype) * torch.finfo(dtype).min)
+
+
+def for_attention(bias):
+    """Give a bias (..., S) the form that fused kernels take. Else each layer makes and keeps a copy,
+    or takes a kernel that keeps all scores: rows of a multiple of 16 in memory, and autocast's dtype.
+    """
+    bias = bias.to(product_dtype(bias))
+    if bias.is_cpu:
+        return bias
+    n = bias.shape[-1]
+    return F.pad(bias.contiguous(), (0, -n % 16))[..., :n]
+
+
 
 
 # --------------------------------------------------------------------------------------------- T5
@@ -300,7 +316,7 @@ class T5Stack(nn.Module):
             distance, not self.is_decoder, table.num_embeddings, self.max_distance)
         bias = table(buckets).permute(2, 0, 1)[None]
         bias = bias.masked_fill(distance > 0, -math.inf) if self.is_decoder else bias + cache.mask
-        return as_products_want(bias)
+        return for_attention(bias)
 
     def forward(self, h, cache, keep=slice(None)):
         """h (B, T, D), the next T tokens -> hidden states (B, T, D), or of the tokens `keep` alone."""
@@ -357,7 +373,7 @@ class T5(Model):
     def encode(self, input_ids, attention_mask):
         """ids and mask (B, S) -> the encoder's hidden states (B, S, D)."""
         h = self.shared(input_ids)
-        cache = Cache(additive(attention_mask, h.dtype), self.recompute)
+        cache = Cache(additive(attention_mask, h), self.recompute)
         return self.encoder(h, cache)
 
     def forward(self, input_ids, attention_mask, decoder_input_ids, keep=slice(None)):
@@ -371,7 +387,7 @@ class T5(Model):
     def begin(self, input_ids, attention_mask):
         """Encode the prompts -> a cache with the keys and values of the decoder's cross-attention."""
         encoded = self.encode(input_ids, attention_mask)
-        cache = Cache(additive(attention_mask, encoded.dtype), self.recompute)
+        cache = Cache(additive(attention_mask, encoded), self.recompute)
         for block in self.decoder.block:
             cache.cross.append(block.layer[1].EncDecAttention.keys_values(encoded))
         return cache
@@ -557,7 +573,7 @@ class Llama(Model):
             seen &= key > query - self.c.sliding_window
         seen = seen | (key == query)
         bias = torch.zeros(seen.shape, dtype=self.model.norm.weight.dtype, device=seen.device)
-        return as_products_want(bias.masked_fill(~seen, -math.inf))
+        return for_attention(bias.masked_fill(~seen, -math.inf))
 
     def forward(self, input_ids, attention_mask, keep=slice(None)):
         """ids (B, T), mask (B, T) of 1 and 0 -> logits (B, T, V). Mask and `keep` are as in T5."""
@@ -630,7 +646,7 @@ class Bert(Model):
         places = table.position_embeddings.weight[: input_ids.shape[1]]
         h = table.word_embeddings(input_ids) + places + table.token_type_embeddings.weight[0]
         h = table.LayerNorm(h)
-        mask = additive(attention_mask, h.dtype)
+        mask = additive(attention_mask, h)
         for layer in self.encoder.layer:
             heads = layer.attention.self
             out = layer.attention.output
