@@ -5,7 +5,7 @@
     python tests/gpu.py --tiny --out FILE      # the same code with tiny shapes, on a CPU too
 
 The file is written anew after each section, so a run that is cut keeps what it has. A section that fails
-leaves its error there, and the others go on. Beside transformers where it is installed.
+leaves its error there beside what it found before, and the others go on. Beside transformers where it is installed.
 """
 
 import argparse
@@ -237,29 +237,28 @@ def student_step(machine, student, batch, n_rationales=1, compiled=False):
     return step, n_tokens, batch * flops
 
 
-def time_student(machine, compiled):
+def time_student(machine, found, compiled):
     student = machine.make(machine.shape(T5_LARGE), torch.float32)
     batch = machine.size(32, 2)
     step, n_tokens, flops = student_step(machine, student, batch, compiled=compiled)
     start = time.perf_counter()
     step()
     machine.wait()
-    first = time.perf_counter() - start
+    found |= dict(batch=batch, first_step_seconds=time.perf_counter() - start)
     taken = machine.seconds(step)
-    speed = dict(tokens_per_second=n_tokens / taken, mfu=flops / taken / machine.peak)
-    gb = machine.peak_memory(step)[1]
-    profile = machine.profile(step)
-    return dict(batch=batch, seconds=taken, first_step_seconds=first, **speed, gb=gb, profile=profile)
+    found |= dict(seconds=taken, tokens_per_second=n_tokens / taken, mfu=flops / taken / machine.peak)
+    found["gb"] = machine.peak_memory(step)[1]
+    found["profile"] = machine.profile(step)
 
 
-def student(machine):
+def student(machine, found):
     """FLAN-T5-large trains, float32 weights under autocast: both losses, clipping, AdamW."""
-    return time_student(machine, compiled=False)
+    time_student(machine, found, compiled=False)
 
 
-def student_compiled(machine):
+def student_compiled(machine, found):
     """The same with --compile."""
-    return time_student(machine, compiled=True)
+    time_student(machine, found, compiled=True)
 
 
 # ------------------------------------------------------------------------------------------ 2. the teacher
@@ -270,7 +269,7 @@ def prompt_batch(machine, lm, batch, n_read):
     return ids.to(machine.device), torch.ones_like(ids).to(machine.device)
 
 
-def decode(machine):
+def decode(machine, found):
     """A Llama-3.1-8B writes. Of the bandwidth's limit: weights (one row of the embedding) and cache, read
     once a token. The prompt's time is taken off.
     """
@@ -279,18 +278,16 @@ def decode(machine):
     n_new = machine.size(128, 4)
     weights = 2 * (size_of(lm) - lm.model.embed_tokens.weight.numel())
     a_token = 2 * 2 * lm.c.num_hidden_layers * lm.c.num_key_value_heads * lm.c.head_dim  # bytes of the cache
-    rows = {}
     for batch in (1, machine.size(64, 2)):
         ids, mask = prompt_batch(machine, lm, batch, n_read)
         with_one = machine.seconds(lambda: lm.generate(ids, mask, 1), 3)
         a_step = (machine.seconds(lambda: lm.generate(ids, mask, 1 + n_new), 3) - with_one) / n_new
         read = weights + batch * a_token * (n_read + n_new / 2)
-        rows[f"batch_{batch}"] = dict(
+        found[f"batch_{batch}"] = dict(
             tokens_per_second=batch / a_step,
             ms_per_step=1e3 * a_step,
             of_bandwidth=read / machine.bandwidth / a_step,
         )
-    return rows
 
 
 def llama_flops(lm, n_tokens):
@@ -302,35 +299,29 @@ def llama_flops(lm, n_tokens):
     return 2 * size_of(lm.model.layers) * n_tokens + attention
 
 
-def prefill(machine):
+def prefill(machine, found):
     """A Llama-3.1-8B reads 8 prompts of 2,000 tokens, then scores four choices behind each."""
     lm = machine.make(machine.shape(LLAMA_8B))
     batch = machine.size(8, 2)
     n_read = machine.size(2000, 40)
     ids, mask = prompt_batch(machine, lm, batch, n_read)
+    flops = batch * llama_flops(lm, n_read)
     with torch.no_grad():
-        reading = machine.seconds(lambda: lm.prefill(ids, mask, 8))
+        taken = machine.seconds(lambda: lm.prefill(ids, mask, 8))
+        found |= dict(batch=batch, profile=machine.profile(lambda: lm.prefill(ids, mask, 8)))
+    found["prefill_tokens_per_second"] = batch * n_read / taken
+    found["prefill_of_peak"] = flops / taken / machine.peak
     questions = questions_of(batch, n_read, lm.config["vocab_size"])
     prompts = [kp.score_prompt(q) for q in questions]
     choices = [q.choices for q in questions]
-    score = machine.seconds(lambda: kp.choice_logps(lm, Numbers(), prompts, choices))
-    flops = batch * llama_flops(lm, n_read)
-    with torch.no_grad():
-        profile = machine.profile(lambda: lm.prefill(ids, mask, 8))
-    return dict(
-        batch=batch,
-        profile=profile,
-        prefill_tokens_per_second=batch * n_read / reading,
-        prefill_of_peak=flops / reading / machine.peak,
-        scored_questions_per_second=batch / score,
-        scoring_of_peak=flops / score / machine.peak,
-    )
+    taken = machine.seconds(lambda: kp.choice_logps(lm, Numbers(), prompts, choices))
+    found["scored_questions_per_second"] = batch / taken
+    found["scoring_of_peak"] = flops / taken / machine.peak
 
 
-def launches(machine):
+def launches(machine, found):
     """One step of a Llama-3.1-8B at batch 1 and 64, kernel by kernel and as a CUDA graph."""
     lm = machine.make(machine.shape(LLAMA_8B))
-    rows = {}
     for batch in (1, machine.size(64, 2)):
         ids, mask = prompt_batch(machine, lm, batch, machine.size(512, 16))
         with torch.no_grad():
@@ -341,15 +332,14 @@ def launches(machine):
                 run(tokens, cache)
                 cache.length -= 1  # the same place again
 
-            found = dict(by_kernel_ms=1e3 * machine.seconds(lambda: step(lm.step)))
+            row = dict(by_kernel_ms=1e3 * machine.seconds(lambda: step(lm.step)))
             start = time.perf_counter()
             step(lm.next_logits)
             machine.wait()
-            found["capture_ms"] = 1e3 * (time.perf_counter() - start)
-            found["graph_ms"] = 1e3 * machine.seconds(lambda: step(lm.next_logits), 10)
-            found["profile"] = machine.profile(lambda: step(lm.next_logits))
-        rows[f"batch_{batch}"] = found
-    return rows
+            row["capture_ms"] = 1e3 * (time.perf_counter() - start)
+            row["graph_ms"] = 1e3 * machine.seconds(lambda: step(lm.next_logits), 10)
+            row["profile"] = machine.profile(lambda: step(lm.next_logits))
+        found[f"batch_{batch}"] = row
 
 
 # --------------------------------------------------------------------------------------------- 3. loading
@@ -393,7 +383,7 @@ def read_all(files):
                 pass
 
 
-def loading(machine):
+def loading(machine, found):
     """A Llama of 6 GB is loaded from shards: cold (from the disk) and warm (from memory), beside reading
     the files, and beside copies from pinned memory. And its fingerprint, which a teacher needs.
     """
@@ -403,7 +393,8 @@ def loading(machine):
     free = shutil.disk_usage(machine.disk or tempfile.gettempdir()).free
     if free < needed:
         need = f"{free / 1e9:.0f} GB of disk free, {needed / 1e9:.0f} needed"
-        return dict(note=f"skipped: {need}; give --disk DIR")
+        found["note"] = f"skipped: {need}; give --disk DIR"
+        return
     with tempfile.TemporaryDirectory(dir=machine.disk) as temporary:
         folder = Path(temporary)
         size = write_checkpoint(lm, folder, machine.size(SHARD, 20_000))
@@ -421,7 +412,7 @@ def loading(machine):
             model.load(folder, machine.device)
             drop()
 
-        found = dict(gb=size / 1e9, files=len(files))
+        found |= dict(gb=size / 1e9, files=len(files))
         found["read_cold"] = timed(lambda: read_all(files), is_cold=True)
         found["load_cold"] = timed(load, is_cold=True)
         found["read_warm"] = timed(lambda: read_all(files))
@@ -431,7 +422,6 @@ def loading(machine):
     pinned = torch.empty(n, dtype=torch.uint8, pin_memory=machine.on_cuda)
     there = torch.empty(n, dtype=torch.uint8, device=machine.device)
     found["pinned_copy_gb_per_second"] = n / 1e9 / machine.seconds(lambda: there.copy_(pinned))
-    return found
 
 
 # --------------------------------------------------------------------------------------------- 4. it fits
@@ -458,11 +448,10 @@ def asked(machine, lm, n_read, n_new, n):
     return score, write
 
 
-def memory(machine):
+def memory(machine, found):
     """Peak GB: each teacher scores and writes one full batch of long prompts; FLAN-T5-large trains at the
     batch of train.py (16), of the recipe (8, accumulated to the paper's 64) and of the paper in one pass.
     """
-    rows = {}
     for name, (config, n_read) in TEACHERS.items():
         lm = machine.make(machine.shape(config))
         n_read = machine.size(n_read, 40)
@@ -472,7 +461,7 @@ def memory(machine):
         weights = sum(p.nbytes for p in lm.parameters()) / 1e9
         score_gb = machine.peak_memory(score)[1]
         write_gb = machine.peak_memory(write)[1]
-        rows[name] = dict(weights_gb=weights, rows=n, score_gb=score_gb, write_gb=write_gb)
+        found[name] = dict(weights_gb=weights, rows=n, score_gb=score_gb, write_gb=write_gb)
         del lm, score, write
         drop()
     for recompute in (False, True):
@@ -485,18 +474,17 @@ def memory(machine):
             step, *_ = student_step(machine, student, batch)
             try:
                 step()  # makes AdamW's moments
-                rows[name] = dict(gb=machine.peak_memory(step)[1])
+                found[name] = dict(gb=machine.peak_memory(step)[1])
             except torch.OutOfMemoryError:
-                rows[name] = dict(note="does not fit")
+                found[name] = dict(note="does not fit")
             del student, step
             drop()
-    return rows
 
 
 # --------------------------------------------------------------------------------------------- 5. the recipe
 
 
-def recipe(machine):
+def recipe(machine, found):
     """The paper's work on 500 questions of 300 tokens, rationales of 128, and its student's steps of 64
     questions; scaled to its four data sets in domain (N questions) and 10,000 steps for each of them.
 
@@ -506,8 +494,9 @@ def recipe(machine):
     n = machine.size(500, 4)
     n_read = machine.size(300, 40)
     n_new = machine.size(128, 4)
-    score_seconds = {}
-    write_seconds = {}
+    score_seconds = found["score_seconds"] = {}
+    write_seconds = found["write_seconds"] = {}
+    step_seconds = found["step_seconds"] = {}
     for name, (config, _) in TEACHERS.items():
         lm = machine.make(machine.shape(config))
         score, write = asked(machine, lm, n_read, n_new, n)
@@ -517,7 +506,6 @@ def recipe(machine):
         drop()
     batch = machine.size(8, 2)
     passes = 64 // 8
-    step_seconds = {}
     for name, n_rationales in (("router", 1), ("TinyLLM", 4)):
         student = machine.make(machine.shape(T5_LARGE), torch.float32)
         step, *_ = student_step(machine, student, batch, n_rationales)
@@ -526,7 +514,6 @@ def recipe(machine):
         drop()
     scores = sum(score_seconds.values()) / n  # a question
     writes = sum(write_seconds.values()) / n
-    found = dict(score_seconds=score_seconds, write_seconds=write_seconds, step_seconds=step_seconds)
     found["paper_hours"] = PAPER_HOURS
     for questions in (500, machine.questions):
         asks = dict(router=questions * (scores + writes / 4), TinyLLM=questions * writes)
@@ -534,7 +521,6 @@ def recipe(machine):
             found[f"teachers_hours_{name}_{questions}"] = seconds / 3600
     for name, seconds in step_seconds.items():
         found[f"student_hours_{name}_10000_steps"] = 10_000 * seconds / 3600
-    return found
 
 
 # ---------------------------------------------------------------------------------- 6. beside transformers
@@ -556,28 +542,30 @@ def both(machine, config):
     return Pair(ours.config, None, ours, theirs.eval(), machine.device, machine.size(3, 1))
 
 
-def beside_transformers(machine):
+def beside_transformers(machine, found):
     """tests/bench.py's pairs on these shapes, both in bfloat16 without autocast: ratio above 1, we are
     faster. No row ends before the last token. A Llama's generation also beside transformers' compiled
     static cache.
     """
     if importlib.util.find_spec("transformers") is None:
-        return dict(note="transformers is not installed")
-    rows = [training(both(machine, T5_LARGE), *machine.size((32, 512, 128), (2, 32, 8)))]
+        found["note"] = "transformers is not installed"
+        return
+
+    def add(row, how=""):
+        found[row.pop("name") + how] = row
+
+    add(training(both(machine, T5_LARGE), *machine.size((32, 512, 128), (2, 32, 8))))
     drop()
     pair = both(machine, LLAMA_8B)
     n_new = machine.size(64, 4)
-    batches = (1, machine.size(64, 2))
+    batches = (machine.size(64, 2), 1)
     for batch in batches:
-        rows.append(generation(pair, batch, n_new, ends=[]))
-    rows.append(scoring(pair))
+        add(generation(pair, batch, n_new, ends=[]))
+    add(scoring(pair))
     if machine.on_cuda:
         pair.theirs.generation_config.cache_implementation = "static"
-        for batch in reversed(batches):
-            row = generation(pair, batch, n_new, ends=[])
-            row["name"] += ", their compiled static cache"
-            rows.append(row)
-    return {row.pop("name"): row for row in rows}
+        for batch in batches:
+            add(generation(pair, batch, n_new, ends=[]), ", their compiled static cache")
 
 
 # ------------------------------------------------------------------------------------------------ together
@@ -628,11 +616,12 @@ def measure(machine, names, file):
         if start > machine.stop_at:
             print(f"{name}: no time left; run it with --only {name}")
             continue
+        found = {}
         try:
-            found = SECTIONS[name](machine)
+            SECTIONS[name](machine, found)
         except Exception as error:
             traceback.print_exc()
-            found = dict(error=f"{type(error).__name__}: {error}".split("\n")[0])
+            found["error"] = f"{type(error).__name__}: {error}".split("\n")[0]
         drop()
         sections[name] = {**found, "section_seconds": time.perf_counter() - start}
         model.write_json(file, dict(about, sections=sections))

@@ -184,6 +184,28 @@ def test_sentence_vectors_on_a_device(there):
     close(model.embed(*opened("bert", "meta"), TEXTS), near)
 
 
+def test_what_is_added_to_scores_has_the_form_that_fused_kernels_take(there, monkeypatch):
+    """Any other is copied in every layer, and kept for the backward pass, or no such kernel takes it."""
+    seen = []
+    attention = torch.nn.functional.scaled_dot_product_attention
+
+    def noted(q, k, v, attn_mask, **how):
+        seen.append(attn_mask)
+        return attention(q, k, v, attn_mask=attn_mask, **how)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", noted)
+    for name in ("flan-t5", "llama-2"):
+        _, _, golden, rows = load(name)
+        ids, mask = pad(rows, "left")
+        decoder = (golden["decoder"].to("meta"),) if "decoder" in golden else ()
+        opened(name, "meta")[0](ids.to("meta"), mask.to("meta"), *decoder)
+    assert any(bias.requires_grad for bias in seen)
+    for bias in seen:
+        *strides, last = bias.stride()
+        assert last == 1
+        assert all(stride % 16 == 0 for stride in strides)
+
+
 QUESTIONS = [
     kp.Question("1", "t", "birds", ("heat", "the eggs"), 0),
     kp.Question("2", "t", "swim", ("a", "and"), 1),
@@ -314,7 +336,8 @@ def test_the_script_for_a_gpu_runs(tmp_path, monkeypatch):
     """One section with tiny shapes; what fails is written down; what was there stays."""
     file = tmp_path / "gpu.json"
 
-    def fails(machine):
+    def fails(machine, found):
+        found["before"] = 1
         raise ValueError("not\nhere")
 
     monkeypatch.setitem(gpu.SECTIONS, "launches", fails)
@@ -323,6 +346,7 @@ def test_the_script_for_a_gpu_runs(tmp_path, monkeypatch):
     sections = model.read_json(file)["sections"]
     assert list(sections) == ["launches", "decode", "loading"]
     assert sections["launches"]["error"] == "ValueError: not"
+    assert sections["launches"]["before"] == 1
     assert sections["loading"]["files"] > 1
     assert sections["decode"].keys() >= {"batch_1", "batch_2"}
 
@@ -496,8 +520,10 @@ def test_a_graph_s_steps_are_the_steps(name, exact):
 
 @needs_cuda
 def test_a_t5_s_learning_bias_takes_a_fused_kernel():
-    lm, tokenizer = opened("flan-t5", "cuda")
-    with sdpa_kernel(FUSED), torch.autocast("cuda", torch.bfloat16):
+    _, tokenizer = opened("flan-t5")
+    lm = model.T5(dict(model_type="t5", vocab_size=64, d_model=64, d_kv=16, d_ff=64, num_layers=2, num_heads=4))
+    lm.cuda()
+    with sdpa_kernel(FUSED), torch.autocast("cuda", torch.bfloat16):  # raises where none of these can
         one_loss(lm, tokenizer).total.backward()
     table = lm.encoder.block[0].layer[0].SelfAttention.relative_attention_bias
     assert table.weight.grad.abs().sum() > 0
