@@ -24,7 +24,6 @@ import math
 import os
 import shutil
 import sys
-import threading
 import zlib
 from pathlib import Path
 from types import SimpleNamespace
@@ -915,9 +914,7 @@ def read_weights(lm, path, device, dtype):
     """
     again = "download the folder again"
     tensors = {}
-    files = weight_files(path)
-    read_ahead(files)
-    for file in files:
+    for file in weight_files(path):
         tensors |= read_tensors(file)[0]  # maps of the file, not read yet
     tensors = {name.removeprefix("bert."): tensor for name, tensor in tensors.items()}
     if isinstance(lm, T5) and "lm_head.weight" not in tensors:
@@ -944,19 +941,6 @@ def read_weights(lm, path, device, dtype):
         ends = torch.stack(state[name].aminmax())  # 20 times as fast as isfinite() of all
         require(ends.isfinite().all(), f"{place} holds NaN or infinite numbers; {again}")
     return state
-
-
-def read_ahead(files):
-    """Read large files in the background: page by page, as a map is, they come at half the speed."""
-
-    def read():
-        for file in files:
-            with open(file, "rb", buffering=0) as opened:
-                while opened.read(2**24):
-                    pass
-
-    if sum(file.stat().st_size for file in files) >= 2**30:
-        threading.Thread(target=read, daemon=True).start()
 
 
 def save(lm, tokenizer, path):

@@ -47,7 +47,7 @@ KERNELS = dict(  # by parts of their names; the first that fits
     optimizer=("multi_tensor", "adam"),
     the_rest=("",),
 )
-SHARD = 2 * 10**9  # bytes of a file, a checkpoint is cut into several
+SHARD = 5 * 10**9  # bytes of a file, as Hugging Face cuts a checkpoint
 
 
 class Numbers(Words):
@@ -384,10 +384,10 @@ def read_all(files):
 
 
 def loading(machine, found):
-    """A Llama of 6 GB is loaded from shards: cold (from the disk) and warm (from memory), beside reading
+    """A Llama-3.1-8B is loaded from shards: cold (from the disk) and warm (from memory), beside reading
     the files, and beside copies from pinned memory. And its fingerprint, which a teacher needs.
     """
-    config = machine.shape(dict(LLAMA_8B, num_hidden_layers=8))
+    config = machine.shape(LLAMA_8B)
     lm = machine.make(config)
     needed = 1.1 * sum(tensor.nbytes for tensor in lm.state_dict().values())
     free = shutil.disk_usage(machine.disk or tempfile.gettempdir()).free
