@@ -130,6 +130,7 @@ import math
 import random
 import signal
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
@@ -296,14 +297,15 @@ def open_teachers(args, folder, data, judge, ranks):
         seed=args.seed,
     )
     needed = ["train", "ood/train"] if args.ood else ["train"]
-    teachers = []
-    for path in map(Path, paths):
+
+    def open_one(path):
         if path.suffix == ".jsonl":
             texts, scores = read_rationales(path, data, needed, args.max_new_tokens)
-            teachers.append(kp.TextTeacher(path.stem, texts, scores, judge))
-        else:
-            teachers.append(kp.CheckpointTeacher(path, args.cache, asking, data["train"], ranks))
-    return kp.Teachers(teachers)
+            return kp.TextTeacher(path.stem, texts, scores, judge)
+        return kp.CheckpointTeacher(path, args.cache, asking, data["train"], ranks)
+
+    with ThreadPoolExecutor() as pool:  # to hash the weights of a large one takes a quarter of a minute
+        return kp.Teachers(list(pool.map(open_one, map(Path, paths))))
 
 
 def load_student(args, folder, questions):

@@ -1,7 +1,6 @@
 """This project beside `transformers`: the same work, weights and machine, in turns.
 
-    python tests/bench.py                        # 7 minutes on 2 CPU cores
-    python tests/bench.py --device cuda --large  # FLAN-T5-large's and an 8B Llama's shapes, bfloat16
+    python tests/bench.py    # 7 minutes on 2 CPU cores; for a GPU: tests/gpu.py
 
 It needs transformers, which nothing else does. It prints a table of medians of paired runs, and
 writes it with --out FILE as JSON. Ratio: transformers' seconds / ours, above 1 where we are faster.
@@ -39,7 +38,6 @@ T5_SMALL = dict(
     feed_forward_proj="gated-gelu",
     tie_word_embeddings=False,
 )
-T5_LARGE = {**T5_SMALL, "d_model": 1024, "d_ff": 2816, "num_layers": 24, "num_heads": 16}
 LLAMA = dict(
     model_type="llama",
     vocab_size=32000,
@@ -49,16 +47,6 @@ LLAMA = dict(
     num_attention_heads=8,
     num_key_value_heads=4,
     pad_token_id=0,
-)
-LLAMA_8B = dict(
-    LLAMA,
-    vocab_size=128256,
-    hidden_size=4096,
-    intermediate_size=14336,
-    num_hidden_layers=32,
-    num_attention_heads=32,
-    num_key_value_heads=8,
-    rope_theta=500000.0,
 )
 
 
@@ -139,12 +127,12 @@ def their_class(config):
     return transformers.AutoModelForCausalLM
 
 
-def make_pair(config, folder, device, dtype, rounds):
+def make_pair(config, folder, rounds):
     torch.manual_seed(0)
     ours = model.ARCHITECTURES[config["model_type"]][0](config)
     model.save(ours, Words(), folder)
-    theirs = their_class(config).from_pretrained(folder, dtype=dtype)
-    return Pair(config, folder, ours.to(device, dtype).eval(), theirs.to(device).eval(), device, rounds)
+    theirs = their_class(config).from_pretrained(folder, dtype=torch.float32)
+    return Pair(config, folder, ours.eval(), theirs.eval(), "cpu", rounds)
 
 
 # ---------------------------------------------------------------------------------------- what is timed
@@ -357,41 +345,10 @@ def hours(rows):
         print(f"{n:>10,.0f}{m:>10}{processes:>11}{teachers}{of_all:>18,.1f}{student:>9,.1f}")
 
 
-LIMITS = {  # by a part of the name: dense bfloat16 FLOP/s, bytes/s; the first that fits
-    "H200": (989e12, 4.8e12),
-    "H100 PCIe": (756e12, 2.0e12),
-    "H100": (989e12, 3.35e12),
-    "A100-SXM4-80GB": (312e12, 2.04e12),
-    "A100": (312e12, 1.56e12),
-    "RTX 4090": (165e12, 1.01e12),
-    "L40S": (362e12, 0.864e12),
-}
-
-
-def report_limits(pair, rows):
-    """(e) Against the chip: model FLOPs of training, bytes of weights moved by one-row generation."""
-    n_parameters = sum(p.numel() for p in pair.ours.parameters())
-    speed = {row["name"]: row["tokens_per_second"] for row in rows}
-    known = [chip for chip in LIMITS if chip in torch.cuda.get_device_name()]
-    if not known:
-        return
-    peak, bandwidth = LIMITS[known[0]]
-    if pair.is_t5():
-        step = next(value for name, value in speed.items() if name.startswith("training"))
-        share = 6 * n_parameters / 2 * step / peak
-        print(f"training: {share:.0%} of peak FLOPs (each token passes half of the parameters)")
-    else:
-        share = 2 * n_parameters * speed[f"{pair.kind} generates 64, batch 1"] / bandwidth
-        print(f"generation: {share:.0%} of peak bandwidth")
-
-
 def main():
     summary = __doc__.split("\n\n")[0]
     show_defaults = argparse.ArgumentDefaultsHelpFormatter
     parser = argparse.ArgumentParser(description=summary, formatter_class=show_defaults)
-    parser.add_argument("--device", default="cpu")
-    large = "FLAN-T5-large and Llama-3.1-8B shapes in bfloat16, for a GPU"
-    parser.add_argument("--large", action="store_true", help=large)
     parser.add_argument("--rounds", type=int, default=5, help="pairs of each")
     parser.add_argument("--out", metavar="FILE", help="write the table as JSON")
     args = parser.parse_args()
@@ -400,31 +357,23 @@ def main():
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    t5 = T5_LARGE if args.large else T5_SMALL
-    llama = LLAMA_8B if args.large else LLAMA
-    dtype = torch.bfloat16 if args.large else torch.float32
-    sizes = (32, 512, 128) if args.large else (8, 128, 64)
     chip = f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
-    if args.device == "cuda":
-        chip = torch.cuda.get_device_name()
-    print(f"{chip}, torch {torch.__version__}, {dtype}\n{'':<44}{'ours':>12}{'transformers':>13}")
+    print(f"{chip}, torch {torch.__version__}, float32\n{'':<44}{'ours':>12}{'transformers':>13}")
     rows = []
     with tempfile.TemporaryDirectory() as folder:
-        for config in (t5, llama, {**llama, "model_type": "mistral", "sliding_window": 64}):
-            pair = make_pair(config, Path(folder), args.device, dtype, args.rounds)
+        for config in (T5_SMALL, LLAMA, dict(LLAMA, model_type="mistral", sliding_window=64)):
+            pair = make_pair(config, Path(folder), args.rounds)
             for batch in (1, 8, 32):
                 rows.append(generation(pair, batch, 64))
             rows.append(scoring(pair))
             rows.append(loading(pair))
-            if pair.is_t5() or pair.kind == "llama" and not args.large:  # 8B do not fit with AdamW
-                rows.append(training(pair, *sizes))  # last, because it changes the weights
+            if pair.kind != "mistral":
+                rows.append(training(pair, 8, 128, 64))  # last, because it changes the weights
             if pair.is_t5():
                 rows += teachers(pair)
-            if args.large:
-                report_limits(pair, rows)
     hours(rows)
     if args.out:
-        model.write_json(args.out, dict(chip=chip, torch=torch.__version__, dtype=str(dtype), rows=rows))
+        model.write_json(args.out, dict(chip=chip, torch=torch.__version__, dtype="torch.float32", rows=rows))
 
 
 if __name__ == "__main__":

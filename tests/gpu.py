@@ -22,13 +22,24 @@ import traceback
 from pathlib import Path
 
 import torch
-from bench import LIMITS, LLAMA_8B, T5_LARGE, Pair, Words, generation, scoring, text_of, their_class, training
+from bench import LLAMA, T5_SMALL, Pair, Words, generation, scoring, text_of, their_class, training
 from safetensors.torch import save_file
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import kp  # noqa: E402
 import model  # noqa: E402
 
+T5_LARGE = {**T5_SMALL, "d_model": 1024, "d_ff": 2816, "num_layers": 24, "num_heads": 16}
+LLAMA_8B = dict(
+    LLAMA,
+    vocab_size=128256,
+    hidden_size=4096,
+    intermediate_size=14336,
+    num_hidden_layers=32,
+    num_attention_heads=32,
+    num_key_value_heads=8,
+    rope_theta=500000.0,
+)
 MISTRAL_7B = dict(LLAMA_8B, model_type="mistral", vocab_size=32000, rope_theta=1e4, sliding_window=4096)
 LLAMA_2_7B = dict(LLAMA_8B, vocab_size=32000, intermediate_size=11008, num_key_value_heads=32, rope_theta=1e4)
 TEACHERS = {  # the paper's: shape, tokens of a long prompt
@@ -41,6 +52,15 @@ SMALL = dict(vocab_size=500)
 SMALL_T5 = dict(SMALL, d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4)
 SMALL_LLAMA = dict(SMALL, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4)
 PAPER_HOURS = dict(TinyLLM=2.6, router="1.4 to 1.8")
+LIMITS = {  # by a part of the name: dense bfloat16 FLOP/s, bytes/s; the first that fits
+    "H200": (989e12, 4.8e12),
+    "H100 PCIe": (756e12, 2.0e12),
+    "H100": (989e12, 3.35e12),
+    "A100-SXM4-80GB": (312e12, 2.04e12),
+    "A100": (312e12, 1.56e12),
+    "RTX 4090": (165e12, 1.01e12),
+    "L40S": (362e12, 0.864e12),
+}
 KERNELS = dict(  # by parts of their names; the first that fits
     attention=("sdpa", "fmha", "flash", "attention"),
     products=("nvjet", "gemm", "cutlass", "splitk"),
