@@ -553,22 +553,22 @@ GREY = "#7d8590"  # it can be read on white and on black
 
 
 def picture(rows, over):
-    """Return a table's picture, an SVG: accuracy over steps (and explanations), teachers, tokens."""
+    """Return a table's picture, an SVG: accuracy and explanations over steps, teachers or tokens."""
     some = next(iter(rows.values()))
-    lines = {}
-    for label, runs in rows.items():
-        shares = [100 * run["accuracy"]["mean"] for run in runs]
-        if over == "teachers":  # "router 2", "router 3", ... are one line
-            line = lines.setdefault(label.rstrip(" 0123456789"), {})
-            line[len(runs[0]["teachers"])] = shares
-        else:
-            lines[label] = {fmean(sum(tokens(run).values()) for run in runs) / 1000: shares}
-    panels = {"accuracy, test questions (%)": lines}
-    if over == "steps":
-        panels = {}
-        for measure in ("accuracy", "explains_true" if some[0]["explains_true"] else "explains_right"):
-            lines = {label: curve(runs, measure) for label, runs in rows.items()}
-            panels[f"{MEASURES[measure]}, valid questions (%)"] = lines
+    panels = {}
+    for measure in ("accuracy", "explains_true" if some[0]["explains_true"] else "explains_right"):
+        lines = {}
+        for label, runs in rows.items():
+            shares = [100 * run[measure]["mean"] for run in runs if run[measure]]
+            if over == "steps":
+                lines[label] = curve(runs, measure)
+            elif over == "teachers":  # "router 2", "router 3", ... are one line
+                line = lines.setdefault(label.rstrip(" 0123456789"), {})
+                line[len(runs[0]["teachers"])] = shares
+            elif shares:
+                lines[label] = {fmean(sum(tokens(run).values()) for run in runs) / 1000: shares}
+        split = "valid" if over == "steps" else "test"
+        panels[f"{MEASURES[measure]}, {split} questions (%)"] = lines
     n = len(some)
     caption = f" (mean of {n} runs, 95 % interval)" if n > 1 else ""
     return draw(panels, OVER[over] + caption)
@@ -593,6 +593,7 @@ def draw(panels, x_title):
         axes.set_title(title, fontsize=9, loc="left")
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(axis="y", color=GREY, alpha=0.25)
+        axes.xaxis.get_major_locator().set_params(integer=True)
         ends = []
         for label, line in lines.items():
             x = list(line)
@@ -601,9 +602,9 @@ def draw(panels, x_title):
             drawn = axes.errorbar(x, y, half, marker="o", markersize=3, capsize=2)
             ends.append((y[-1], x[-1], label, drawn[0].get_color()))
         least = 0.065 * (axes.get_ylim()[1] - axes.get_ylim()[0])  # between two labels
-        height = -math.inf
-        for y, x, label, colour in sorted(ends):
-            height = max(y, height + least)
+        height = math.inf
+        for y, x, label, colour in sorted(ends, reverse=True):
+            height = min(y, height - least)
             place = dict(xytext=(1.03, height), textcoords=axes.get_yaxis_transform())
             pointer = dict(arrowstyle="-", color=colour, alpha=0.4)
             axes.annotate(label, (x, y), **place, color=colour, va="center", arrowprops=pointer)
