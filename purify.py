@@ -388,18 +388,17 @@ class Aggregation(Purifier):
 
 
 class Reinforced(Purifier):
-    """RL-based teacher selection: a policy pi(m | q) draws the teacher, and the training itself
-    rewards the draw.
+    """RL-based teacher selection: a policy draws the teacher, and the training itself rewards the
+    draw.
 
-    pi(m | q) = softmax_m(MLP(E(q))), trained by REINFORCE (Williams 1992): ascend
+    State of teacher m: [E(q), E(r_m) 1(teacher m was right)]; it was right if r_m concludes on the
+    answer. Policy: sigmoid_m(MLP(state)). Reward of a draw: R = -L_PR - L_DL, the student's two
+    losses on the question. REINFORCE (Williams 1992) ascends
 
-        E[(R - baseline) grad log pi(m | q)] + c grad H(pi),
-        R = 1[the rationale concludes on the answer] - beta z,
+        E[(R - baseline) grad log pi(m | q)] + c grad H(pi).
 
-    where z is the student's L_DL on that rationale, standardised over the batch. The first part
-    of R can be checked because the teacher was not told the answer. No scores are needed. It
-    differs from the paper, whose state also has E(r_m) 1(teacher m was right), whose policy is a
-    sigmoid per teacher, and whose reward is -L_PR - L_DL: see `ReinforcedAsPublished`.
+    It differs from the paper in that one teacher is drawn, by the sigmoids scaled to sum 1. All
+    teachers write all rationales, because the states hold them. No scores are needed.
 
     Every step also learns again from REPLAYS earlier ones, and draws are made for AHEAD steps at
     once, so that each teacher is asked in one batch. The policy has moved on meanwhile; the
@@ -411,7 +410,6 @@ class Reinforced(Purifier):
     MEMORY = 250
     LR = 1e-3
     HIDDEN = 256  # units of the MLP
-    BETA = 0.1  # weight of z in the reward
     ENTROPY = 0.01  # c
 
     def fit(self):
@@ -432,13 +430,22 @@ class Reinforced(Purifier):
         self.texts = {}
 
     def describe(self, questions):
-        """Return the states of questions, (N, D), and how many outputs the policy has of a state."""
+        """Return the states of questions and teachers, (N, M, 2 D), and 1: the policy's outputs of
+        each.
+        """
         q = self.embed(questions)
-        return Standardize(q)(q), len(self.teachers)
+        q = Standardize(q)(q)  # (N, D)
+        states = []
+        for texts in zip(*self.teachers.all_rationales(questions)):  # one teacher's, N
+            right = torch.tensor(list(map(kp.is_right, texts, questions)))  # (N,)
+            r = self.embed_texts(texts) * right[:, None]  # (N, D)
+            states.append(torch.cat((q, r), 1))
+        return torch.stack(states, 1), 1
 
     def log_policy(self, rows):
         """Return log pi(m | q) of these rows, (B, M)."""
-        return self.policy(self.states[rows]).log_softmax(1)
+        outputs = self.policy(self.states[rows])[..., 0]  # (B, M)
+        return F.logsigmoid(outputs).log_softmax(1)  # log of sigmoid_m / (sum of sigmoids)
 
     def rationales(self, step):
         B = len(self.visits[step])
@@ -466,12 +473,7 @@ class Reinforced(Purifier):
 
     def reward(self, step, loss):
         """Return R of this step's draws, (B,)."""
-        right = []
-        for row, (text,) in zip(self.visits[step], self.rationales(step)):
-            right.append(kp.is_right(text, self.questions[row]))
-        l_dl = loss.rationale.float().cpu()  # (B,)
-        z = F.layer_norm(l_dl, l_dl.shape)  # mean 0, deviation 1
-        return torch.tensor(right).float() - self.BETA * z
+        return -(loss.answer + loss.rationale).float().cpu()
 
     def feedback(self, step, loss):
         self.rewards[step] = self.reward(step, loss)
@@ -525,31 +527,32 @@ class Reinforced(Purifier):
             self.write(slice(start, start + self.AHEAD))  # the teachers' answers are in the cache
 
 
-class ReinforcedAsPublished(Reinforced):
-    """RL-based teacher selection with the paper's state, policy and reward.
+class VerifiedReinforced(Reinforced):
+    """The same at half the teachers' cost: the policy reads the question alone, so only what is drawn
+    is written.
 
-    State of teacher m: [E(q), E(r_m) 1(teacher m was right)], which is 1 where r_m concludes on the
-    answer. Policy: sigmoid_m(MLP(state)); here one teacher is drawn by the sigmoids, scaled to sum
-    1. Reward of a question's draw: R = -L_PR - L_DL, the student's two losses on it. All teachers
-    write all rationales, for the state.
+    Policy: pi(m | q) = softmax_m(MLP(E(q))). Reward: R = 1[r_m concludes on the answer] - beta z,
+    where z is the student's L_DL on r_m, standardised over the batch. The first part can be checked
+    because the teacher was not told the answer. Not in the paper.
     """
 
+    BETA = 0.1  # weight of z in the reward
+
     def describe(self, questions):
-        """Return the states of questions and teachers, (N, M, 2 D), and 1 output of each."""
-        alone, _ = super().describe(questions)  # E(q), (N, D)
-        states = []
-        for texts in zip(*self.teachers.all_rationales(questions)):  # one teacher's, N
-            right = torch.tensor(list(map(kp.is_right, texts, questions)))  # (N,)
-            r = self.embed_texts(texts) * right[:, None]  # (N, D)
-            states.append(torch.cat((alone, r), 1))
-        return torch.stack(states, 1), 1
+        """Return the states of questions, (N, D), and M: the policy's outputs of each."""
+        q = self.embed(questions)
+        return Standardize(q)(q), len(self.teachers)
 
     def log_policy(self, rows):
-        outputs = self.policy(self.states[rows])[..., 0]  # (B, M)
-        return F.logsigmoid(outputs).log_softmax(1)  # log of sigmoid_m / (sum of sigmoids)
+        return self.policy(self.states[rows]).log_softmax(1)
 
     def reward(self, step, loss):
-        return -(loss.answer + loss.rationale).float().cpu()
+        right = []
+        for row, (text,) in zip(self.visits[step], self.rationales(step)):
+            right.append(kp.is_right(text, self.questions[row]))
+        l_dl = loss.rationale.float().cpu()  # (B,)
+        z = F.layer_norm(l_dl, l_dl.shape)  # mean 0, deviation 1
+        return torch.tensor(right).float() - self.BETA * z
 
 
 # ------------------------------------------------------------------------- the routers' mathematics
@@ -970,7 +973,7 @@ PURIFIERS = {
     "classifier": ClassifierRouting,
     "aggregate": Aggregation,
     "rl": Reinforced,
-    "rl-published": ReinforcedAsPublished,
+    "rl-verified": VerifiedReinforced,
     "none": TinyLLM,
     "single": SingleTeacher,
     "task": TaskTeacher,

@@ -16,7 +16,7 @@ import os
 import sys
 
 
-WHICH_PURIFIERS = """router, plackett-luce, rl, rl-published, classifier, aggregate; or a control:
+WHICH_PURIFIERS = """router, plackett-luce, rl, rl-verified, classifier, aggregate; or a control:
 none (TinyLLM, all rationales), single, task (the best teacher of each task), random, oracle (the
 best-scoring teacher of each question), answers (no rationale)"""
 WHICH_TEACHERS = """checkpoint folders, and .jsonl files of ready rationales (default: DATA/rationales/*;

@@ -19,7 +19,7 @@ import kp
 import train
 from purify import PURIFIERS
 
-NAMES = ("router", "plackett-luce", "classifier", "rl", "rl-published", "aggregate")
+NAMES = ("router", "plackett-luce", "classifier", "rl", "rl-verified", "aggregate")
 
 
 def open_purifier(name, folder):
@@ -48,7 +48,7 @@ def measure(name, folder):
         def work():
             purifier.write(lm, token_cache, questions)
 
-    elif name in ("rl", "rl-published"):
+    elif name in ("rl", "rl-verified"):
         purifier.fit()
         n = size(purifier.policy)
 

@@ -15,7 +15,7 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-PURIFIERS = "router plackett-luce classifier aggregate rl rl-published none single task random oracle answers".split()
+PURIFIERS = "router plackett-luce classifier aggregate rl rl-verified none single task random oracle answers".split()
 
 
 def student_hash(root, purifier, arguments, folder):

@@ -122,7 +122,7 @@ def kills_at_random_moments_change_nothing(world, folder, purifier, kills):
 
 
 def a_signal_saves_and_says_how_to_go_on(world, folder, number, expected_code):
-    arguments = given(world, folder, "--purifier", "rl", "--steps", "400", "--eval-every", "200")
+    arguments = given(world, folder, "--purifier", "rl-verified", "--steps", "400", "--eval-every", "200")
     process = start(*arguments)
     metrics = folder / "run" / "metrics.jsonl"
     while not metrics.exists() or not metrics.stat().st_size:
@@ -228,7 +228,7 @@ def a_first_torchrun_makes_the_micro_world(world, folder):
     """
     script = small_micro_world(folder, "import train; train.main(train.parse_args(sys.argv[1:]))")
     where = ["--cache", folder / "cache", "--out", folder / "run"]
-    how = ["--world", "3", "--purifier", "rl", *SHORT, "--steps", "5", "--eval-every", "100"]
+    how = ["--world", "3", "--purifier", "rl-verified", *SHORT, "--steps", "5", "--eval-every", "100"]
     process = torchrun(script, *how, *where, timeout=300)
     assert process.returncode == 0, process.stderr
     (micro_world,) = (folder / "data" / "micro").glob("world-3-*")
@@ -240,7 +240,7 @@ def a_first_torchrun_makes_the_micro_world(world, folder):
 
 def torchrun_starts_a_killed_rank_again(world, folder):
     """The ranks go on from the last checkpoint by themselves, without --resume."""
-    how = ["--purifier", "rl", "--steps", "10"]
+    how = ["--purifier", "rl-verified", "--steps", "10"]
     code, error = finish(*given(world, folder / "whole", *how), launcher=TWO_RANKS)
     assert code == 0, error
     again = [*TWO_RANKS, "--max-restarts", "3"]
@@ -276,7 +276,7 @@ def a_killed_torchrun_takes_its_ranks_along(world, folder):
 
 
 SLOW = [
-    (kills_at_random_moments_change_nothing, "rl", 7),
+    (kills_at_random_moments_change_nothing, "rl-verified", 7),
     (kills_at_random_moments_change_nothing, "router", 6),
     (a_killed_preparation_of_the_micro_world_goes_on,),
     (a_first_torchrun_makes_the_micro_world,),
@@ -481,10 +481,10 @@ def soak(world, folder, purifier, number, launcher, more):
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--long"]:
         how = [(), ()]
-        purifiers = ["router", "rl", "none", "classifier", "aggregate"]
+        purifiers = ["router", "rl-verified", "none", "classifier", "aggregate"]
     elif sys.argv[1:2] == ["--ranks"]:
         how = [TWO_RANKS, ["--steps", "30"]]
-        purifiers = ["router", "rl", "none"]
+        purifiers = ["router", "rl-verified", "none"]
     else:
         sys.exit(__doc__)
     with tempfile.TemporaryDirectory() as name:

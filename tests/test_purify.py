@@ -14,8 +14,8 @@ from purify import (
     ClassifierRouter,
     ClassifierRouting,
     PlackettLuceRouter,
+    VerifiedReinforced,
     Reinforced,
-    ReinforcedAsPublished,
     SimilarityRouter,
     TaskTeacher,
     best_teacher,
@@ -451,7 +451,7 @@ class Bandit:
     def policy(self, seed=0):
         """Return the purifier under test, fitted: it embeds a question as the bandit does."""
         args = SimpleNamespace(seed=seed)
-        policy = Reinforced(args, self.questions, self.visits, self.questions, self, open_lm=None)
+        policy = VerifiedReinforced(args, self.questions, self.visits, self.questions, self, open_lm=None)
         policy.embed = lambda questions: self.vectors[[int(q.id) for q in questions]]
         policy.fit()
         return policy
@@ -643,7 +643,7 @@ def test_no_purified_text_was_taught_to_its_writer(monkeypatch):
 def test_the_published_rl_draws_by_its_sigmoids_and_sees_only_right_rationales():
     questions = [kp.Question(str(i), "t", f"question {i}?", ("yes", "no"), 0) for i in range(4)]
     visits = [[0, 1, 2, 3]] * 3
-    made = ReinforcedAsPublished(SimpleNamespace(seed=0), questions, visits, questions, Sayings(), None)
+    made = Reinforced(SimpleNamespace(seed=0), questions, visits, questions, Sayings(), None)
     made.embed_texts = lambda texts: torch.tensor([[float(len(text)), 1.0] for text in texts])
     made.fit()
     state = made.states[2]  # (M, 2 D)

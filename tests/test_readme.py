@@ -60,7 +60,7 @@ def figures(text):
 
 def test_figures_are_told_by_the_stored_tables():
     results = ROOT / "data" / "micro" / "results"
-    pooled = [sorted(results.glob("world-*.json")), sorted(results.glob("slow-[12].json"))]
+    pooled = [sorted(results.glob(f"{name}-[12].json")) for name in ("world", "slow", "rl")]
     told = set()
     for files in [*pooled, *([file] for file in sorted(results.glob("*.json")))]:
         rows, against = evaluation.read_tables(files)

@@ -67,7 +67,7 @@ def test_every_purifier_trains_and_reports(world, teacher_folders, tmp_path, pur
         assert result["teacher_tokens"] == 0
         assert all(line["rationale"] == 0 for line in steps)
     else:
-        a_question = {"none": 4 * 24, "rl-published": 4 * 24, "aggregate": 4 * (24 + 16)}.get(purifier, 24)
+        a_question = {"none": 4 * 24, "rl": 4 * 24, "aggregate": 4 * (24 + 16)}.get(purifier, 24)
         assert 0 < result["teacher_tokens"] <= 24 * a_question
     mean = f"{result['accuracy']['mean']:.3f}"
     assert mean in capsys.readouterr().out
@@ -221,7 +221,7 @@ def test_seconds_of_training_hold_no_teacher_s_work(as_micro_world, tmp_path, mo
     monkeypatch.setattr(train, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
     monkeypatch.setattr(kp.CheckpointTeacher, "write", taking(1, "write", kp.CheckpointTeacher.write))
     monkeypatch.setattr(kp.CheckpointTeacher, "score", taking(100, "score", kp.CheckpointTeacher.score))
-    folder = run_micro(tmp_path, "--purifier", "rl", "--steps", "12")
+    folder = run_micro(tmp_path, "--purifier", "rl-verified", "--steps", "12")
     result = result_of(folder)
     assert slept["write"] > 0 and slept["score"] == 400
     assert result["seconds"]["train"] == 0
@@ -231,7 +231,7 @@ def test_seconds_of_training_hold_no_teacher_s_work(as_micro_world, tmp_path, mo
 
 
 def test_the_result_says_how_often_rl_agreed_with_the_oracle(as_micro_world, tmp_path):
-    folder = run_micro(tmp_path, "--purifier", "rl", "--steps", "10", "--batch-size", "3")
+    folder = run_micro(tmp_path, "--purifier", "rl-verified", "--steps", "10", "--batch-size", "3")
     agreement = result_of(folder)["agreement"]
     assert len(agreement) == 10  # tenths of training, here a step each
     assert all(round(3 * share, 4) in (0, 1, 2, 3) for share in agreement)
@@ -241,7 +241,7 @@ def test_the_result_says_how_often_rl_agreed_with_the_oracle(as_micro_world, tmp
 # ------------------------------------------------------------------------------------------ resumed runs
 
 
-@pytest.mark.parametrize("purifier", ["router", "rl"])
+@pytest.mark.parametrize("purifier", ["router", "rl", "rl-verified"])
 def test_a_killed_run_goes_on_as_if_it_had_not_been_killed(world, teacher_folders, tmp_path, purifier):
     def start(name, *arguments):
         return run(world, teacher_folders, tmp_path, "--purifier", purifier, *arguments, name=name)
@@ -276,7 +276,7 @@ def test_a_checkpoint_s_header_does_not_grow_with_the_visits(
             headers.append((length, file.metadata()))
 
     monkeypatch.setattr(train.Run, "save", note_header)
-    how = ["--purifier", "rl", "--steps", "40", "--batch-size", "8", "--eval-every", "10"]
+    how = ["--purifier", "rl-verified", "--steps", "40", "--batch-size", "8", "--eval-every", "10"]
     run(world, teacher_folders, tmp_path, *how)
     lengths = [length for length, _ in headers]
     assert len(lengths) == 3  # after 80, 160 and 240 visits
@@ -304,7 +304,7 @@ def answers_in(cache):
     return sorted(file.read_text().count('"key"') for file in cache.rglob("said.jsonl"))
 
 
-@pytest.mark.parametrize("purifier", ["none", "rl"])
+@pytest.mark.parametrize("purifier", ["none", "rl-verified"])
 def test_two_ranks_train_as_one_with_twice_the_batch(world, teacher_folders, tmp_path, purifier):
     how = ["--purifier", purifier]
     if purifier == "none":
@@ -591,7 +591,7 @@ def test_accumulated_passes_make_the_step_of_one_large_batch(world, teacher_fold
     """Two passes of 2 questions give the losses of one of 4, up to rounding."""
     curves = {}
     for name, how in (("one", ["--batch-size", "4"]), ("two", ["--batch-size", "2", "--accumulate", "2"])):
-        folder = run(world, teacher_folders, tmp_path, "--purifier", "rl", *how, name=name)
+        folder = run(world, teacher_folders, tmp_path, "--purifier", "rl-verified", *how, name=name)
         lines = [line for line in read_lines(folder / "metrics.jsonl") if "loss" in line]
         curves[name] = [(line["loss"], line["answer"], line["rationale"], line["reward"]) for line in lines]
     for one, two in zip(*curves.values(), strict=True):
@@ -636,7 +636,7 @@ def test_a_router_that_does_not_fit_is_refused(world, teacher_folders, tmp_path)
         run(world, teacher_folders, tmp_path, "--purifier", "router", *where, name="d")
 
 
-@pytest.mark.parametrize("purifier", ["router", "none", "rl"])
+@pytest.mark.parametrize("purifier", ["router", "none", "rl-verified"])
 def test_teachers_that_are_texts_and_a_checkpoint_together(world, teacher_folders, tmp_path, purifier):
     """Three files with their own scores and one checkpoint: none of the files needs a scoring LM."""
     data = tmp_path / "data"
