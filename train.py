@@ -47,7 +47,7 @@ flag = "flag"  # no value: given or not
 ARGUMENTS = {
     "what to run": [
         ("purifier", str, "router", WHICH_PURIFIERS),
-        ("seed", natural, 0, "of everything random"),
+        ("seed", natural, 0, "seed of all random numbers"),
         ("out", str, None, "folder of this run (default: out/PURIFIER-SEED)"),
         ("resume", flag, False, "go on from the run's last checkpoint"),
         ("overwrite", flag, False, "start an unfinished run anew (a finished one needs no flag)"),
@@ -62,18 +62,18 @@ ARGUMENTS = {
         ("scorer", str, None, "scores ready rationales (default: a T5 teacher, else the student)"),
         ("ood", flag, False, "train on the out-of-domain tasks; purifiers are fitted in domain"),
         ("per-token", flag, False, "compare choices by log-probability per token, not in sum"),
-        ("cache", str, "cache", "what teachers said, kept for all runs"),
+        ("cache", str, "cache", "folder that keeps what teachers said, for all runs"),
     ],
     "purification": [
-        ("router", str, None, "folder of a run whose fitted router to use, instead of fitting one"),
-        ("fit-questions", positive, None, "questions that fit a router (default: all of train)"),
+        ("router", str, None, "folder of a run: take its fitted router, fit none"),
+        ("fit-questions", positive, None, "how many questions to fit on (default: all of train)"),
         ("aggregator", str, None, "LM for aggregate (default: a T5 teacher, else the student)"),
-        ("tune-aggregator", natural, None, "steps that teach it (default: 800 in the micro world)"),
+        ("tune-aggregator", natural, None, "steps to train it (default: 800 in the micro world)"),
         ("teacher", natural, 0, "which teacher --purifier single takes"),
         ("shots", natural, None, "examples in a prompt (default: 0 in the micro world, else 2)"),
         ("teacher-forcing", flag, False, "tell the teachers the answer, as TinyLLM does (not for rl)"),
-        ("max-new-tokens", positive, None, "of a rationale (default: 64 in the micro world, else 256)"),
-        ("batch-tokens", positive, 2**14, "that a teacher holds at once: prompts, choices, rationales"),
+        ("max-new-tokens", positive, None, "tokens of a rationale (default: 256; micro world: 64)"),
+        ("batch-tokens", positive, 2**14, "tokens that a teacher holds at once: prompts and what follows"),
     ],
     "training": [
         ("lam", weight, None, "weight of the rationale loss (default: 16 in the micro world, else 1)"),
@@ -83,14 +83,14 @@ ARGUMENTS = {
         ("batch-size", positive, 16, "questions in a pass (and process, under torchrun)"),
         ("accumulate", positive, 1, "passes whose gradients make one step"),
         ("lr", weight, None, "peak learning rate (default: 6e-3 in the micro world, else 3e-4)"),
-        ("weight-decay", weight, 0.1, "of AdamW"),
+        ("weight-decay", weight, 0.1, "AdamW's weight decay"),
         ("warmup", natural, 50, "steps of linear warm-up, then cosine decay to zero"),
         ("clip", weight, 1.0, "largest norm of the gradient"),
-        ("explain", positive, None, "questions to explain, measured (default: micro world all, else 100)"),
+        ("explain", positive, None, "test questions to explain (default: 100; micro world: all)"),
         ("eval-every", positive, 500, "steps between evaluations on valid, and checkpoints"),
         ("device", str, None, "cpu or cuda (default: cuda if there is one)"),
         ("dtype", str, None, "float32 or bfloat16 (default: bfloat16 on cuda)"),
-        ("compile", flag, False, "torch.compile the student: a slow start, faster steps"),
+        ("compile", flag, False, "compile the student's blocks: a slow start, faster steps"),
         ("recompute", flag, False, "recompute activations in the backward pass: less memory, a third slower"),
     ],
 }
@@ -304,7 +304,7 @@ def open_teachers(args, folder, data, judge, ranks):
             return kp.TextTeacher(path.stem, texts, scores, judge)
         return kp.CheckpointTeacher(path, args.cache, asking, data["train"], ranks)
 
-    with ThreadPoolExecutor() as pool:  # to hash the weights of a large one takes a quarter of a minute
+    with ThreadPoolExecutor() as pool:  # to hash a large one takes 15 s
         return kp.Teachers(list(pool.map(open_one, map(Path, paths))))
 
 
