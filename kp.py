@@ -19,7 +19,7 @@ import random
 import re
 from array import array
 from collections import Counter, defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import cycle
 from pathlib import Path
 from statistics import fmean
@@ -893,9 +893,9 @@ class Judge:
         s(q, r) = sigmoid((log p(a | q, r) - log p(a | q)) / |a|),  |a| in tokens; 0 if r is empty.
     """
 
-    def __init__(self, open_lm):
-        """open_lm: () -> (lm, tokenizer), called at the first score."""
-        self.open_lm = open_lm
+    def __init__(self, open_scorer):
+        """open_scorer: () -> CheckpointTeacher, called at the first score. Its cache keeps them."""
+        self.open_scorer = open_scorer
         self.known = {}  # {(q, rationale): log p(a | q, rationale) / |a|}
 
     def scores(self, questions, rationales, ledger):
@@ -905,13 +905,12 @@ class Judge:
         pairs = [(q, "") for q in questions] + list(zip(questions, rationales))
         new = [pair for pair in dict.fromkeys(pairs) if pair not in self.known]
         if new:
-            lm, tokenizer = self.open_lm()
-            prompts = [score_prompt(q, rationale=r) for q, r in new]
-            answers = [[q.right] for q, _ in new]
-            scored = choice_logps(lm, tokenizer, prompts, answers)
-            for pair, prompt, (logp,), (n,) in zip(new, prompts, *scored):
-                self.known[pair] = logp / n
-                ledger["score_read"] += len(tokenizer.encode(prompt).ids) + n
+            scorer = self.open_scorer()
+            prompts = [scorer.frame(score_prompt(q, rationale=r)) for q, r in new]
+            asked = [replace(q, choices=(q.right,)) for q, _ in new]  # the right choice alone
+            for pair, record in zip(new, scorer.look_up("score", asked, prompts, count=False)):
+                self.known[pair] = record["logps"][0] / record["lengths"][0]
+                ledger["score_read"] += record["read"]
         scores = []
         for q, r in zip(questions, rationales):
             gain = self.known[q, r] - self.known[q, ""]

@@ -263,7 +263,12 @@ def open_parts(args, ranks):
             return model.load(path or t5s[0], args.device)
         return copy.deepcopy(student).eval(), token_cache.tokenizer
 
-    teachers = open_teachers(args, folder, data, kp.Judge(lambda: open_lm(args.scorer)), ranks)
+    def open_scorer():
+        path = args.scorer or (t5s[0] if t5s else student.folder)
+        require(path, "a new student cannot score rationales; give --scorer DIR, or scores with them")
+        return kp.CheckpointTeacher(path, args.cache, asking(args), ranks=ranks)
+
+    teachers = open_teachers(args, folder, data, kp.Judge(open_scorer), ranks)
     if args.data:
         t5s = [teacher.folder for teacher in teachers.teachers if teacher.kind == "t5"]
     else:
@@ -286,7 +291,21 @@ def open_teachers(args, folder, data, judge, ranks):
         paths = [folder / "teachers" / name for name in args.teachers or prepare.TEACHERS]
     n = len(paths)
     require(args.teacher < n, f"--teacher {args.teacher}: there are {n} teachers, numbered from 0")
-    asking = kp.Asking(
+    needed = ["train", "ood/train"] if args.ood else ["train"]
+
+    def open_one(path):
+        if path.suffix == ".jsonl":
+            texts, scores = read_rationales(path, data, needed, args.max_new_tokens)
+            return kp.TextTeacher(path.stem, texts, scores, judge)
+        return kp.CheckpointTeacher(path, args.cache, asking(args), data["train"], ranks)
+
+    with ThreadPoolExecutor() as pool:  # to hash a large one takes 15 s
+        return kp.Teachers(list(pool.map(open_one, map(Path, paths))))
+
+
+def asking(args):
+    """Return how checkpoints are asked, a kp.Asking."""
+    return kp.Asking(
         device=args.device,
         dtype=torch.bfloat16 if args.device == "cuda" else None,
         shots=args.shots,
@@ -296,16 +315,6 @@ def open_teachers(args, folder, data, judge, ranks):
         batch_tokens=args.batch_tokens,
         seed=args.seed,
     )
-    needed = ["train", "ood/train"] if args.ood else ["train"]
-
-    def open_one(path):
-        if path.suffix == ".jsonl":
-            texts, scores = read_rationales(path, data, needed, args.max_new_tokens)
-            return kp.TextTeacher(path.stem, texts, scores, judge)
-        return kp.CheckpointTeacher(path, args.cache, asking, data["train"], ranks)
-
-    with ThreadPoolExecutor() as pool:  # to hash a large one takes 15 s
-        return kp.Teachers(list(pool.map(open_one, map(Path, paths))))
 
 
 def load_student(args, folder, questions):

@@ -160,9 +160,9 @@ def test_a_missing_rationale_is_named(tmp_path):
         read_rationales(file, data, ["train", "ood/train"], 128)
 
 
-def text_teachers(folder, data, open_lm=None, max_words=128):
+def text_teachers(folder, data, open_scorer=None, max_words=128):
     """Return the kp.Teachers of a data set's own rationales/*.jsonl."""
-    judge = kp.Judge(open_lm)
+    judge = kp.Judge(open_scorer)
     teachers = []
     for file in sorted(folder.glob("rationales/*.jsonl")):
         texts, scores = read_rationales(file, data, ["train"], max_words)
@@ -176,7 +176,7 @@ def test_scores_in_the_file_are_used_as_they_are_and_no_lm_is_opened(tmp_path):
     for name, column in zip("ab", zip(*expected)):
         rows = [said("train", i, score=score) for i, score in enumerate(column)]
         write_lines(tmp_path / "rationales" / f"{name}.jsonl", rows)
-    teachers = text_teachers(tmp_path, data, open_lm=None)
+    teachers = text_teachers(tmp_path, data, open_scorer=None)
     assert torch.equal(teachers.scores(data["train"]), torch.tensor(expected))
     assert teachers.ledger["score_read"] == 0
 
@@ -187,11 +187,11 @@ def test_only_rationales_without_a_score_are_judged(tmp_path, teacher_folders):
     write_lines(tmp_path / "rationales" / "a.jsonl", rows)
     opened = []
 
-    def open_lm():
+    def open_scorer():
         opened.append(1)
-        return model.load(teacher_folders[0])
+        return kp.CheckpointTeacher(teacher_folders[0], tmp_path / "cache")
 
-    teachers = text_teachers(tmp_path, data, open_lm)
+    teachers = text_teachers(tmp_path, data, open_scorer)
     scores = teachers.scores(data["train"])
     assert scores[0, 0] == 0.125
     assert ((scores[1:] > 0) & (scores[1:] < 1)).all()
@@ -228,7 +228,8 @@ def test_ready_made_rationales_are_judged_by_how_much_they_help(tmp_path, teache
     first, second = data["train"][:2]
     for checkpoint in teacher_folders[:2]:  # a T5 and a Llama
         lm, tokenizer = model.load(checkpoint)
-        scores = text_teachers(folder, data, lambda: (lm, tokenizer)).scores(data["train"])
+        scorer = kp.CheckpointTeacher(checkpoint, tmp_path / "cache")
+        scores = text_teachers(folder, data, lambda: scorer).scores(data["train"])
         assert scores.shape == (5, 2)
         assert scores[0, 0] == 0 and scores[1, 1] == 0  # the empty ones
         judged = [(first, "It is so.", scores[0, 1]), (second, "A rationale.", scores[1, 0])]

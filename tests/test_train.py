@@ -78,17 +78,25 @@ def test_every_purifier_trains_and_reports(world, teacher_folders, tmp_path, pur
 
 
 @pytest.mark.parametrize("purifier", list(purify.PURIFIERS))
-def test_every_purifier_trains_on_tinyllm_s_layout(tmp_path, purifier, capsys):
+def test_every_purifier_trains_on_tinyllm_s_layout(teacher_folders, tmp_path, purifier, capsys):
     entries = [f"Because of {i}. Thus, the answer is llama rationale: Since {i}." for i in range(19)]
     folder = converted(tmp_path, n=20, entries=[*entries, "llama rationale: So."])
-    where = ["--data", str(folder), "--out", str(tmp_path / "run")]
-    train.main(train.parse_args([*where, "--purifier", purifier, *SHORT]))
+    where = ["--data", str(folder), "--out", str(tmp_path / "run"), "--cache", str(tmp_path / "cache")]
+    scorer = ["--scorer", str(teacher_folders[0])]
+    train.main(train.parse_args([*where, *scorer, "--purifier", purifier, *SHORT]))
     result = result_of(tmp_path / "run")
     assert result["teachers"] == ["flan-t5-xl", "llama-2"]
     assert set(result["accuracy"]) == {"parity", "mean"}
     text = capsys.readouterr().out
     assert "take --student DIR" in text
     assert "1 empty rationale" in text or purifier not in ("none", "single")
+
+
+def test_a_student_that_knows_nothing_is_no_scorer(tmp_path):
+    folder = converted(tmp_path)
+    arguments = train.parse_args(["--data", str(folder), "--out", str(tmp_path / "run"), *SHORT])
+    with pytest.raises(model.BadInput, match="a new student cannot score rationales; give --scorer DIR"):
+        train.main(arguments)
 
 
 def test_two_runs_with_one_seed_are_equal_to_the_bit(world, teacher_folders, tmp_path):
@@ -395,7 +403,7 @@ def texts_for(world, folder, splits, scores=None):
 
 def test_ready_rationales_and_ood_need_each_other_s_questions(world, teacher_folders, tmp_path):
     folder, a = texts_for(world, tmp_path / "data", ["train"])
-    how = ["--ood", "--purifier", "router", "--fit-questions", "16"]
+    how = ["--ood", "--purifier", "router", "--fit-questions", "16", "--scorer", str(teacher_folders[0])]
     says = "a.jsonl: no rationale for question .* of ood/train"
     with pytest.raises(model.BadInput, match=says) as error:
         run(folder, [teacher_folders[1], a], tmp_path, *how)
@@ -444,7 +452,8 @@ def test_texts_without_scores_are_judged_by_the_scorer(world, teacher_folders, t
     questions = [questions[row] for row in visited]
     texts = [f"It is so, so the answer is {q.choices[row % 2]}." for row, q in zip(visited, questions)]
     read = Counter()
-    judged = kp.Judge(lambda: model.load(teacher_folders[1])).scores(questions, texts, read)
+    scorer = kp.CheckpointTeacher(teacher_folders[1], tmp_path / "other-cache")
+    judged = kp.Judge(lambda: scorer).scores(questions, texts, read)
     mistral = kp.CheckpointTeacher(teacher_folders[2], tmp_path / "cache")
     theirs = mistral.scores(questions)
     assert read["score_read"] > 0
@@ -452,6 +461,11 @@ def test_texts_without_scores_are_judged_by_the_scorer(world, teacher_folders, t
     for q, text_s, mistral_s in zip(questions, judged, theirs):
         expected = [1.0, 0.0] if text_s >= mistral_s else [0.0, 1.0]
         assert purified[q.id]["probabilities"] == expected
+
+    # Another run finds every score in the cache: the scorer is not even loaded.
+    again = kp.CheckpointTeacher(teacher_folders[1], tmp_path / "cache")
+    assert kp.Judge(lambda: again).scores(questions, texts, Counter()) == judged
+    assert again.loaded is None
 
 
 # ------------------------------------------------------------------------------------------- bad input
