@@ -3,14 +3,14 @@
     python eval.py out/router-0               # the figures that the run printed
     python eval.py out/router-0 --show 5      # what teachers wrote, what was chosen, what it says
     python eval.py out/router-0 --html a.html # the same as a page, with the run's table and curve
-    python eval.py out/none-0 --meter         # how far its rationales pull the student apart
+    python eval.py out/none-0 --meter         # how much its rationales contradict each other
     python eval.py CHECKPOINT --data DIR      # any checkpoint folder, any data set
     python eval.py --compare "--purifier router" "TinyLLM: --purifier none"     # your own ablation
     python eval.py --table                    # every purifier and control
     python eval.py --conflict                 # the router and TinyLLM with 1, 2, 3, 4 teachers
     python eval.py --ood                      # purifiers used on tasks that they never saw
     python eval.py --fit-curve                # the router fitted on fewer questions
-    python eval.py --from out/table.json --plot table.svg --over tokens      # told again, and drawn
+    python eval.py --from out/table.json --plot table.svg --over tokens      # printed again, and drawn
 
 A table starts train.py as a user would, once for each row and seed, and keeps what is done. It
 writes out/NAME.json, which holds all that it tells and draws, and out/NAME.md. Rows are compared
@@ -38,7 +38,7 @@ def parse_args(argv=None):
     add("run", nargs="?", help="a run's folder (out/RUN) or a checkpoint folder")
     add("--show", type=int, metavar="N", help="look at N training questions closely")
     add("--html", metavar="FILE", help="write that look as a page (12 questions without --show)")
-    add("--meter", action="store_true", help="how far its rationales pull the student apart")
+    add("--meter", action="store_true", help="how much its rationales contradict each other")
     add("--per-token", action="store_true", help="compare choices by log-probability per token")
     add("--device", help="cpu or cuda (default: cuda if there is one)")
 
@@ -46,7 +46,7 @@ def parse_args(argv=None):
     add("--compare", nargs="+", metavar="ROW", help='rows: "ARGUMENTS of train.py" or "LABEL: ARGUMENTS"')
     for name in ("table", "conflict", "ood", "fit-curve"):
         add(f"--{name}", dest="table", action="store_const", const=name, help="see above")
-    add("--from", dest="stored", nargs="+", metavar="FILE", help="no runs: tell these out/NAME.json, pooled")
+    add("--from", dest="stored", nargs="+", metavar="FILE", help="no runs: print these out/NAME.json, pooled")
     add("--seeds", type=int, default=3, help="runs of each row (default: 3)")
     add("--jobs", type=int, default=1, help="runs at a time; they share the cores (default: 1)")
     add("--out", default="out", help="where runs and tables go (default: out)")
@@ -216,7 +216,7 @@ def print_line(label, text, worth="right answer"):
 
 
 def conflict_meter(args, n_pairs=64):
-    """Return how far a run's rationales pull its student apart, as rows of a table: the mean cosine
+    """Return how much a run's rationales contradict each other, as rows of a table: the mean cosine
     of the gradients that two of them give L_DL.
 
     "same question": two teachers' rationales of one question, where more than one is given. "same
@@ -464,8 +464,8 @@ def interval(values):
 
 
 def difference(a, b, measure="accuracy"):
-    """Return by how many points of a measure's mean runs a lie above runs b, pair by pair, with the
-    mean's 95 % interval.
+    """Return the mean difference a - b of a measure over paired runs, in points, with its 95 %
+    interval.
     """
     gaps = [100 * (x[measure]["mean"] - y[measure]["mean"]) for x, y in zip(a, b, strict=True)]
     text = f"{fmean(gaps):+.1f}"
@@ -530,7 +530,7 @@ def curves(rows, measure):
 
 
 def report(rows, against, with_curves):
-    """Return all that there is to tell of a table, in Markdown."""
+    """Return a table's whole report, in Markdown."""
     tables = [[summary(label, runs) for label, runs in rows.items()]]
     tables += [list(differences(rows, other)) for other in against]
     if with_curves:

@@ -5,7 +5,7 @@ rationale of the M. The student learns the answer and that rationale with one lo
 
     L_MTKD-KP = L_PR(answer | q) + lambda * L_DL(rationale | q)              (arXiv 2602.01064)
 
-One model does both, told apart by the prefixes `predict:` and `explain:`. Left out: everything
+One model does both: the prefixes `predict:` and `explain:` name the task. Left out: everything
 that a teacher might say besides text (logits, hidden states), because the method distils text
 alone.
 """
@@ -108,7 +108,7 @@ def explained(q, rationale, tell_answer=False):
 
 
 def aggregation_prompt(q, rationales):
-    """Return the prompt that asks for one rationale of M. They have numbers, the choices letters."""
+    """Return the prompt that asks for one rationale of M. Rationales have numbers, choices have letters."""
     prompt = f"Question: {with_choices(q)}"
     for m, text in enumerate(rationales, 1):
         prompt += f" Rationale {m}: {text}"
@@ -127,7 +127,7 @@ LLAMA_31_SYSTEM = """<|start_header_id|>system<|end_header_id|>
 Cutting Knowledge Date: December 2023
 Today Date: 26 Jul 2024
 
-<|eot_id|>"""  # the date that its template says where it is told none
+<|eot_id|>"""  # the template's default date
 CHAT_FORMATS = {  # {a mark that only this family's templates hold: what they render}; the first that fits
     "Cutting Knowledge Date": LLAMA_31_SYSTEM + LLAMA_3,
     "<|start_header_id|>": LLAMA_3,
@@ -158,7 +158,7 @@ def chat_format(folder, tokenizer):
                 rendered = f"<|im_start|>system\n{system[1]}<|im_end|>\n{rendered}"
             return rendered
     if template:
-        model.say_once(f"{folder}: its chat template is of no known family; asked without it")
+        model.say_once(f"{folder}: unknown chat template; prompts are written without it")
     return "{}"
 
 
@@ -249,7 +249,7 @@ class TokenCache:
         return [model.keep_end(self.ids(text), most, most - 1) for text in texts]
 
     def pairs(self, lm, prompts, texts, end=True):
-        """Return the ids of prompts and of the texts that this model is to write behind them.
+        """Return the ids of prompts and of the texts that this model is to write after them.
 
         An encoder-decoder (T5) reads the prompt and writes the text apart. For a decoder-only model
         the text is tokenised together with its prompt, as generation would continue it. With `end`
@@ -366,7 +366,7 @@ def sequence_losses(student, inputs, targets):
 
 
 def move(device, *tensors):
-    """Return tensors on the device, without waiting for a GPU: it copies pinned, whole memory alone."""
+    """Return tensors on the device. None waits for a GPU: the memory is pinned and contiguous."""
     if device.type == "cpu":
         return tensors
     return [x.contiguous().pin_memory().to(device, non_blocking=True) for x in tensors]
@@ -400,8 +400,8 @@ def choice_logps(lm, tokenizer, prompts, choices, batch_size=64):
     """Return log p(choice | prompt) in nats, summed over the choice's tokens, and how many tokens
     each choice has: two lists of N lists.
 
-    tokenizer: or a TokenCache; without one no prompt is too long. prompts: N texts. choices: N
-    lists of texts. Each prompt is read once. All first choices are read behind the prompts, then
+    tokenizer: may be a TokenCache; a plain tokenizer cuts no prompt. prompts: N texts. choices: N
+    lists of texts. Each prompt is read once. All first choices are read after the prompts, then
     all second ones in their place, and so on.
     """
     device = model.device_of(lm)
@@ -462,7 +462,7 @@ def write(lm, tokenizer, prompts, max_new_tokens):
 def guesses(student, tokenizer, questions, per_token=False):
     """Return the index of the choice that the student finds likeliest, for each question.
 
-    tokenizer, here and below: or the student's TokenCache, through whose chat it is asked.
+    tokenizer, here and below: may be the student's TokenCache, which adds its chat format.
     """
     student.eval()
     prompts = list(map(predict_prompt, questions))
@@ -597,7 +597,7 @@ class CheckpointTeacher:
 
     The cache is an append-only JSONL file in a folder named by the fingerprint of the weights. A
     line's key hashes the prompt and the choices (or the longest length), so a changed question is
-    asked again. The dtype is not in it: a CPU reads what a GPU was paid for. Under torchrun each
+    asked again. The key leaves out the dtype, so a CPU can reuse what a GPU computed. Under torchrun each
     rank computes its share of what is missing, and reads the others' share from the cache.
     """
 
@@ -770,8 +770,8 @@ def fingerprint(files):
 
 
 class Said:
-    """What a teacher has said: an append-only JSONL file, a record a line. Memory holds the places
-    of lines alone, so millions of them are found without being read.
+    """What a teacher has said: an append-only JSONL file, a record a line. Memory holds only the places
+    of lines, so millions of records are found without reading them.
 
     A line that a kill or a full disk tore is no record. Other runs may append at the same time.
     """
@@ -788,7 +788,7 @@ class Said:
         return key in self.places
 
     def find_lines(self):
-        """Look at the lines that came since. Raise BadInput at one that is JSON and no record."""
+        """Look at the lines added since the last call. Raise BadInput at JSON that is no record."""
         if not self.path.exists():
             return
         with open(self.path, "rb") as file:

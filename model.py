@@ -48,7 +48,7 @@ ACTIVATIONS = {
 
 
 class Model(nn.Module):
-    """What T5, Llama and Bert share: settings, those of config.json over their class's; generation.
+    """What T5, Llama and Bert share: generation, and settings (config.json's override DEFAULTS).
 
     With lm.recompute = True a T5 or Llama trains in less memory and more time: see `Cache.run`.
     """
@@ -86,8 +86,8 @@ class Model(nn.Module):
             n_alive = int(alive.sum())
             if n_alive == 0:
                 return out[:, : t + 1]
-            # Rows that have ended leave the batch. This costs a step, on a GPU a graph: wait until
-            # it saves that. There the weights are read, however few rows there are.
+            # Rows that have ended leave the batch once that pays: it costs a step, on a GPU also a new
+            # graph. A GPU reads all weights in each step, however few rows there are.
             if n_alive <= len(rows) * (0.75 if tokens.is_cpu else 0.25):
                 kept = alive.nonzero()[:, 0]  # numbers: each selection by `alive` waits for a GPU
                 cache.select(kept)
@@ -169,8 +169,8 @@ def additive(mask, h):
 
 
 def for_attention(bias):
-    """Give a bias (..., S) the form that fused kernels take. Else each layer makes and keeps a copy,
-    or takes a kernel that keeps all scores: rows of a multiple of 16 in memory, and autocast's dtype.
+    """Give a bias (..., S) the form that fused kernels take: rows of a multiple of 16 in memory, and
+    autocast's dtype. Otherwise each layer keeps a copy, or takes a kernel that keeps all scores.
     """
     bias = bias.to(product_dtype(bias))
     if bias.is_cpu:
@@ -427,7 +427,7 @@ def rope_frequencies(dim, theta, scaling):
         length = scaling["original_max_position_embeddings"]
     except KeyError as name:
         raise BadInput(f"rope_scaling must give {name}") from None
-    # Turns within the length of the first training: below `low` slower, above `high` as before.
+    # Turns within the first training's length: below `low` divided by factor, above `high` unchanged.
     turns = length * frequencies / (2 * math.pi)
     smooth = (turns - low) / (high - low)
     return torch.lerp(frequencies / factor, frequencies, smooth.clamp(0, 1))
@@ -541,11 +541,11 @@ class Llama(Model):
         c.head_dim = c.head_dim or c.hidden_size // c.num_attention_heads
         require(c.head_dim % 2 == 0, f"head_dim must be even, not {c.head_dim}")
         require(c.hidden_act == "silu", f"hidden_act must be 'silu', not {c.hidden_act!r}")
-        if c.model_type in ("qwen2", "qwen3"):  # they give a window and do not mean it
+        if c.model_type in ("qwen2", "qwen3"):  # their configs hold a window that they do not use
             require(not config.get("use_sliding_window"), "use_sliding_window must be false")
             c.sliding_window = None
         frequencies = rope_frequencies(c.head_dim, c.rope_theta, rope)
-        # Half of them negative, as `rotate` wants the sine; the cosine does not mind.
+        # `rotate` wants the first half of the sine negative; the cosine is the same for both signs.
         self.frequencies = torch.cat((-frequencies, frequencies))  # (Dh,)
         self.model = parts(
             embed_tokens=nn.Embedding(c.vocab_size, c.hidden_size),
@@ -825,7 +825,7 @@ def device_of(lm):
 def encode(tokenizer, texts):
     """Return the token ids of each text, with the tokenizer's start and end tokens.
 
-    A thousand texts at a time: on all cores, and what else an encoding holds is not kept.
+    Take a thousand texts at a time, on all cores, and keep only the ids of each encoding.
     """
     texts = list(texts)
     ids = []
@@ -908,9 +908,9 @@ def weight_files(path):
 
 
 def read_weights(lm, path, device, dtype):
-    """Return the state dict of `lm`, from the folder; dtype None: as the first of it is stored.
+    """Return the state dict of `lm`, from the folder; dtype None: the dtype of its first tensor.
 
-    Raise BadInput unless it is all there, whole, and nothing else is.
+    Raise BadInput if a tensor is missing, wrong, or has no place in the model.
     """
     again = "download the folder again"
     tensors = {}
@@ -944,9 +944,9 @@ def read_weights(lm, path, device, dtype):
 
 
 def save(lm, tokenizer, path):
-    """Write a checkpoint folder for `load` and transformers. With config.json, the last, it is whole.
+    """Write a checkpoint folder for `load` and transformers. config.json comes last: then it is whole.
 
-    Its chat template and what else is BESIDE stay as they are where the model was loaded.
+    Copy the chat template and the other files in BESIDE from the folder that the model came from.
     """
     path = Path(path)
     with atomic(path / "model.safetensors") as temporary:
@@ -1041,7 +1041,7 @@ def atomic(path):
 
 
 def checksum(value, tensors={}):
-    """Return a text that is written beside a value, and {name: tensor}, to see damage by."""
+    """Return a checksum of a value and of {name: tensor}; stored with them, it shows damage later."""
     parts = [value]
     for name, tensor in sorted(tensors.items()):
         parts.append((name, tensor.shape, zlib.crc32(tensor.cpu().numpy())))
@@ -1095,7 +1095,7 @@ def read_rows(path):
                 row = json.loads(line)
             except (ValueError, RecursionError) as error:
                 raise BadInput(
-                    f"{path}:{number}: not a line of JSON ({error}); mend or delete it") from None
+                    f"{path}:{number}: not a line of JSON ({error}); correct or delete it") from None
             yield f"{path}:{number}", row
 
 
@@ -1103,7 +1103,7 @@ def read_rows(path):
 
 
 class BadInput(Exception):
-    """Something the user gave is wrong. The text names file, place and mend, in one line."""
+    """Something the user gave is wrong. The text names the file, the place and the fix, in one line."""
 
 
 def require(ok, message):
@@ -1149,7 +1149,7 @@ def one_line_errors():
     except BadInput as error:
         message = f"error: {error}"
     except (OSError, SafetensorError) as error:  # what was written before is whole: see `atomic`
-        message = f"error: {error}; mend that, or make room, and start again (train.py: --resume)"
+        message = f"error: {error}; solve that, or make room, and start again (train.py: --resume)"
     except KeyboardInterrupt:
         code = 130
         message = "\nstopped; go on with the same command and --resume"

@@ -83,7 +83,7 @@ class Purifier:
         return {}
 
     def restore(self, state, step):
-        """Take them back, after `fit` and before this step."""
+        """Restore the tensors of `state`, after `fit` and before this step."""
 
     def kept(self):
         """Return the tensors with which another run can purify as this one, for --router."""
@@ -176,7 +176,7 @@ class RandomTeacher(Choice):
 
 
 class TaskTeacher(Choice):
-    """Control: the best-scoring teacher of each task; of a task that was not fitted on, of all."""
+    """Control: the best-scoring teacher of each task, or of all tasks for a task not fitted on."""
 
     def choose(self, questions):
         fit = self.questions_to_fit_on()
@@ -313,8 +313,8 @@ class Aggregation(Purifier):
     The paper asks GPT-4. Here it is --aggregator DIR, an instruction-tuned LM. The micro world's
     T5 is not one: --tune-aggregator steps teach it, on --fit-questions of the training questions
     (by default 2,000 at most), to write the rationale of the teacher who scores highest. Each half
-    of them teaches one aggregator, and the other one writes for it: no r_P is a text that its
-    writer was taught.
+    of them teaches one aggregator, and the other aggregator writes for that half: no aggregator
+    writes for a question that it was trained on.
     """
 
     BATCH = 16
@@ -430,8 +430,8 @@ class Reinforced(Purifier):
         self.texts = {}
 
     def describe(self, questions):
-        """Return the states of questions and teachers, (N, M, 2 D), and 1: the policy's outputs of
-        each.
+        """Return the states of questions and teachers, (N, M, 2 D), and the policy's number of
+        outputs per state, 1.
         """
         q = self.embed(questions)
         q = Standardize(q)(q)  # (N, D)
@@ -539,7 +539,7 @@ class VerifiedReinforced(Reinforced):
     BETA = 0.1  # weight of z in the reward
 
     def describe(self, questions):
-        """Return the states of questions, (N, D), and M: the policy's outputs of each."""
+        """Return the states of questions, (N, D), and the policy's number of outputs per state, M."""
         q = self.embed(questions)
         return Standardize(q)(q), len(self.teachers)
 

