@@ -38,6 +38,8 @@ def test_names_of_the_code_exist(page):
 def commands(page):
     """Return the python commands that stand on lines of their own, with their continuations."""
     text = page.read_text().replace("\\\n", " ")
+    for name, value in re.findall(r'^    (\w+)="(.*)"$', text, re.M):  # variables of the shell
+        text = text.replace(f"${name}", value)
     return re.findall(r"^(?:    )?(?:pip .* && )?python (train|eval)\.py(.*)$", text, re.M)
 
 
