@@ -34,6 +34,7 @@ def parse_args(argv=None):
     """Return the arguments."""
     as_written = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser("eval.py", description=__doc__, formatter_class=as_written)
+    parser.error = refuse
     add = parser.add_argument_group("one student").add_argument
     add("run", nargs="?", help="a run's folder (out/RUN) or a checkpoint folder")
     add("--show", type=int, metavar="N", help="look at N training questions closely")
@@ -63,6 +64,11 @@ def parse_args(argv=None):
     return parser.parse_args(argv)
 
 
+def refuse(message):
+    print(f"error: {message.removeprefix('argument ')}", file=sys.stderr)
+    sys.exit(2)
+
+
 if __name__ == "__main__":
     ARGS = parse_args()  # before the slow imports: --help answers at once
 
@@ -79,7 +85,7 @@ import shlex
 import subprocess
 import textwrap
 from concurrent.futures import ThreadPoolExecutor
-from itertools import chain, combinations
+from itertools import chain, combinations, cycle
 from pathlib import Path
 from statistics import fmean, stdev
 
@@ -109,12 +115,15 @@ def open_run(args):
     if (folder / "metrics.jsonl").exists():
         why = f"{folder}: this run is not finished; go on with train.py ... --resume"
         require((folder / "result.json").exists(), why)
-        settings = argparse.Namespace(**model.read_json(folder / "config.json"))
+        defaults = vars(train.parse_args([]))
+        settings = argparse.Namespace(**{**defaults, **model.read_config(folder)})
         if settings.teacher_prefixes:
             n_prefixes = len(model.read_json(folder / "result.json")["teachers"])
         folder = folder / "student"
     else:  # a bare checkpoint: measured as a run with default arguments would be
-        settings = train.parse_args(["--data", args.data] if args.data else [])
+        settings = train.parse_args([])
+        settings.data = args.data
+        settings.world = args.world or 0
         train.settle(settings)
     settings.device = args.device
     settings.per_token |= args.per_token
@@ -161,6 +170,7 @@ def look(args):
     teachers = train.open_teachers(settings, folder, data, None, train.Ranks(args.device))
     by_id = {q.id: q for q in train.training_questions(settings, data)[0]}
     rows = random.Random(settings.seed).sample(rows, min(args.show, len(rows)))
+    require(all(row["id"] in by_id for row in rows), f"{folder}: not the questions of this run")
     questions = [by_id[row["id"]] for row in rows]
     written = teachers.all_rationales(questions)
     guesses = kp.guesses(*student, questions, settings.per_token)
@@ -186,7 +196,7 @@ def look(args):
 
 def rate(text, q):
     """Return what a rationale is worth, in words. Only the micro world knows which are true."""
-    if text == q.truth:
+    if q.truth and text == q.truth:
         return "true"
     if kp.is_right(text, q):
         return "right answer, untrue" if q.truth else "right answer"
@@ -224,8 +234,11 @@ def conflict_meter(args, n_pairs=64):
     same; 0: unrelated; below 0: opposed. Measured on n_pairs pairs, with the student's first
     weights and with its last.
     """
-    given = {row["id"]: row["rationales"] for row in read_purified(args)}
-    settings, _, (trained, token_cache), _ = open_run(args)
+    settings, _, (trained, token_cache), prefixes = open_run(args)
+    given = {}  # {id: [(prefix, rationale), ...]}, as the student reads and learns them
+    for row in read_purified(args):
+        pairs = zip(cycle(prefixes), row["rationales"])
+        given[row["id"]] = [(prefix, text) for prefix, text in pairs if text]
     data, _, student, *_ = train.open_parts(settings, train.Ranks(args.device))
     rng = random.Random(0)
     by_answer = {}
@@ -240,14 +253,11 @@ def conflict_meter(args, n_pairs=64):
         same_question = []
         same_answer = []
         for q, other in pairs:
-            gradients = {}  # {rationale of q: (P,)}
-            for text in given[q.id]:
-                gradients[text] = gradient(lm, token_cache, q, text)
-            for text, another in combinations(given[q.id], 2):
-                same_question.append(cosine(gradients[text], gradients[another]))
-            first = gradients[rng.choice(given[q.id])]
-            second = gradient(lm, token_cache, other, rng.choice(given[other.id]))
-            same_answer.append(cosine(first, second))
+            gradients = [gradient(lm, token_cache, q, *said) for said in given[q.id]]
+            for first, second in combinations(gradients, 2):
+                same_question.append(cosine(first, second))
+            another = gradient(lm, token_cache, other, *rng.choice(given[other.id]))
+            same_answer.append(cosine(rng.choice(gradients), another))
         row = {"cosine of gradients": when}
         if same_question:
             row["same question"] = f"{fmean(same_question):.3f}"
@@ -256,10 +266,10 @@ def conflict_meter(args, n_pairs=64):
     return table
 
 
-def gradient(student, token_cache, q, text):
+def gradient(student, token_cache, q, prefix, text):
     """Return the gradient of L_DL of a question's rationale, (P,)."""
     student.zero_grad()
-    ids = token_cache.pairs(student, [kp.explain_prompt(q)], [text])
+    ids = token_cache.pairs(student, [kp.explain_prompt(q, prefix)], [text])
     kp.sequence_losses(student, *ids).sum().backward()
     return torch.cat([p.grad.flatten() for p in student.parameters() if p.grad is not None])
 
@@ -281,8 +291,9 @@ def rows_of(args):
     if args.compare:
         for text in args.compare:
             label, _, arguments = text.rpartition(": ")
+            label = label or text
             require(label not in rows, f"--compare: two rows are called {label!r}")
-            rows[label or text] = arguments
+            rows[label] = arguments
         return rows, list(rows)[:1]
     teachers = args.teachers or list(prepare.TEACHERS)
     if args.data and not args.teachers:
@@ -310,10 +321,9 @@ def rows_of(args):
 
 def folder_of(args, arguments, seed):
     """Return the folder of the run with these arguments and this seed."""
-    name = re.sub(r"[^\w.]+", "-", arguments).strip("-")
-    if len(name) > 200:  # file systems take 255
-        name = name[:190] + hashlib.sha256(arguments.encode()).hexdigest()[:8]
-    return Path(args.out) / "runs" / f"{name}-{seed}"
+    name = re.sub(r"[^\w.]+", "-", arguments).strip("-")[:190]  # file systems take 255
+    digest = hashlib.sha256(arguments.encode()).hexdigest()[:8]  # "a/b" is not "a-b"
+    return Path(args.out) / "runs" / f"{name}-{digest}-{seed}"
 
 
 def train_all(args):
@@ -331,7 +341,7 @@ def train_all(args):
         for seed in range(args.seeds):
             folder = folder_of(args, arguments, seed)
             folders.append((label, folder))
-            command = [*common, *shlex.split(arguments), "--seed", str(seed), "--out", str(folder)]
+            command = [*common, *split(arguments), "--seed", str(seed), "--out", str(folder)]
             asked = train.parse_args(command)
             train.settle(asked)
             same = is_run_of(folder, asked)
@@ -349,6 +359,14 @@ def train_all(args):
     path = Path(args.out) / f"{args.table or 'compare'}.json"
     write_table(path, against, [run_of(*labelled) for labelled in folders])
     return path
+
+
+def split(arguments):
+    """Return the words of a row as a shell would split them."""
+    try:
+        return shlex.split(arguments)
+    except ValueError as error:
+        raise BadInput(f"--compare {arguments}: {error}") from None
 
 
 def is_run_of(folder, asked):
@@ -563,8 +581,9 @@ def picture(rows, over):
             if over == "steps":
                 lines[label] = curve(runs, measure)
             elif over == "teachers":  # "router 2", "router 3", ... are one line
-                line = lines.setdefault(label.rstrip(" 0123456789"), {})
-                line[len(runs[0]["teachers"])] = shares
+                n_teachers = len(runs[0]["teachers"])
+                line = lines.setdefault(label.removesuffix(f" {n_teachers}"), {})
+                line[n_teachers] = shares
             elif shares:
                 lines[label] = {fmean(sum(tokens(run).values()) for run in runs) / 1000: shares}
         split = "valid" if over == "steps" else "test"
@@ -717,7 +736,7 @@ def main(args):
         require(args.plot.endswith(".svg"), why)
         found = importlib.util.find_spec("matplotlib")
         require(found, "--plot needs matplotlib; pip install matplotlib")
-    args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    args.device = train.pick_device(args.device)
     if args.stored or args.compare or args.table:
         tell(args)
     else:

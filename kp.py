@@ -31,7 +31,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import model
-from model import require
+from model import BadInput, require
 
 # --------------------------------------------------------------------------------------- a question
 
@@ -165,17 +165,23 @@ def chat_format(folder, tokenizer):
 def chat_template(folder):
     """Return the text of a checkpoint's chat template; "" without one."""
     file = folder / "chat_template.jinja"
-    if file.exists():
-        return file.read_text(encoding="utf-8")
-    file = folder / "tokenizer_config.json"
-    settings = model.read_config(folder, file.name) if file.exists() else {}
-    template = settings.get("chat_template")
-    if isinstance(template, list):  # several, by name
-        named = {}
-        for entry in template:
-            named[entry["name"]] = entry["template"]
-        template = named.get("default")
-    return str(template or "")
+    try:
+        if file.exists():
+            return file.read_text(encoding="utf-8")
+        file = folder / "tokenizer_config.json"
+        settings = model.read_config(folder, file.name) if file.exists() else {}
+        template = settings.get("chat_template")
+        if isinstance(template, list):  # several, by name
+            named = {}
+            for entry in template:
+                named[entry["name"]] = entry["template"]
+            template = named.get("default")
+        return str(template or "")
+    except (TypeError, KeyError, UnicodeDecodeError):
+        raise BadInput(f"{file}: no chat template can be read; download it again") from None
+
+
+EDGE = " \n:.\"'"  # what may stand around a conclusion
 
 
 def conclusion(rationale, choices):
@@ -187,10 +193,11 @@ def conclusion(rationale, choices):
     understand marks of Markdown, "B. text" or "option (b)".
     """
     _, cue, tail = rationale.lower().rpartition("answer is")
-    tail = tail.strip(" :.\"'")
+    tail = tail.strip(EDGE)
     named = []
     for i, choice in enumerate(choices):
-        text = re.escape(choice.lower())
+        choice = choice.lower()
+        text = re.escape(choice.strip(EDGE) or choice)
         letter = LETTERS[i]
         if cue and re.match(rf"(an? |the )?({text}|\({letter}\)|{letter}\W*$)(?!\w)", tail):
             named.append(i)
@@ -536,31 +543,35 @@ class Teachers:
     def __len__(self):
         return len(self.teachers)
 
-    def at_hand(self, m):
-        """Return teacher m. Small teachers stay in memory together, large ones take turns."""
-        for teacher in self.teachers:
-            if self.are_large and teacher is not self.teachers[m]:
-                teacher.loaded = None
-        return self.teachers[m]
+    def in_turn(self, numbers):
+        """Yield (m, teacher m) of these m. Small teachers stay in memory, large ones take turns."""
+        for m in numbers:
+            yield m, self.teachers[m]
+            if self.are_large:
+                self.teachers[m].loaded = None
 
     def scores(self, questions, count=True):
         """Return (N, M). count=False keeps it out of the ledger: for figures that no purifier
         sees.
         """
-        columns = [self.at_hand(m).scores(questions, count) for m in range(len(self))]
+        columns = []
+        for _, teacher in self.in_turn(range(len(self))):
+            columns.append(teacher.scores(questions, count))
         return torch.tensor(columns).T
 
     def rationales(self, questions, picks):
         """Return the rationale that teacher picks[i] gives to questions[i], N texts."""
         texts = {}  # of each teacher, in the order of the questions
-        for m in sorted(set(picks)):
+        for m, teacher in self.in_turn(sorted(set(picks))):
             picked = [q for q, pick in zip(questions, picks) if pick == m]
-            texts[m] = iter(self.at_hand(m).rationales(picked))
+            texts[m] = iter(teacher.rationales(picked))
         return [next(texts[m]) for m in picks]
 
     def all_rationales(self, questions):
         """Return the rationales of all teachers for each question: N lists of M texts."""
-        columns = [self.at_hand(m).rationales(questions) for m in range(len(self))]
+        columns = []
+        for _, teacher in self.in_turn(range(len(self))):
+            columns.append(teacher.rationales(questions))
         return list(map(list, zip(*columns)))
 
     @property
@@ -612,6 +623,9 @@ class CheckpointTeacher:
         self.kind = config.get("model_type")
         why = f"model_type {self.kind!r} cannot teach; take one of {', '.join(WRITERS)}"
         require(self.kind in WRITERS, f"{self.folder / 'config.json'}: {why}")
+        for key in ("vocab_size", "max_position_embeddings", "n_positions"):
+            why = f"{self.folder / 'config.json'}: {key} must be a number, not {config.get(key)!r:.80}"
+            require(type(config.get(key, 0)) is int, why)
         self.name = self.folder.name
         self.asking = asking
         self.examples = examples if asking.shots else ()
@@ -693,9 +707,12 @@ class CheckpointTeacher:
         return texts
 
     def frame(self, text):
-        for token in self.tokenizer.get_added_tokens_decoder().values():
-            if token.special:
-                text = text.replace(token.content, "")
+        before = None
+        while text != before:  # again: what stood around a token may now be one
+            before = text
+            for token in self.tokenizer.get_added_tokens_decoder().values():
+                if token.special:
+                    text = text.replace(token.content, "")
         return self.chat.format(text.strip())
 
     def look_up(self, kind, questions, prompts, count=True):
@@ -819,7 +836,7 @@ class Said:
     def refuse(self, place):
         number = self.path.read_bytes()[:place].count(b"\n") + 1
         why = "damaged, or of another format; delete the line or give another --cache"
-        raise model.BadInput(f"{self.path}:{number}: {why}")
+        raise BadInput(f"{self.path}:{number}: {why}")
 
     def append(self, records):
         """Write records, each by one append."""
@@ -894,25 +911,31 @@ class Judge:
     """
 
     def __init__(self, open_scorer):
-        """open_scorer: () -> CheckpointTeacher, called at the first score. Its cache keeps them."""
-        self.open_scorer = open_scorer
-        self.known = {}  # {(q, rationale): log p(a | q, rationale) / |a|}
+        """open_scorer: () -> CheckpointTeacher, called at the first score."""
+        self.open_scorer = functools.cache(open_scorer)
 
     def scores(self, questions, rationales, ledger):
         """Return N floats for N questions, each with its rationale; add the tokens read to the
         ledger.
         """
-        pairs = [(q, "") for q in questions] + list(zip(questions, rationales))
-        new = [pair for pair in dict.fromkeys(pairs) if pair not in self.known]
-        if new:
-            scorer = self.open_scorer()
-            prompts = [scorer.frame(score_prompt(q, rationale=r)) for q, r in new]
-            asked = [replace(q, choices=(q.right,)) for q, _ in new]  # the right choice alone
-            for pair, record in zip(new, scorer.look_up("score", asked, prompts, count=False)):
-                self.known[pair] = record["logps"][0] / record["lengths"][0]
-                ledger["score_read"] += record["read"]
+        if not questions:
+            return []
+        scorer = self.open_scorer()
+        before = scorer.ledger.copy()
+        told = self.logps(scorer, questions, rationales)
+        plain = self.logps(scorer, questions, [""] * len(questions))
+        scorer.loaded = None
+        ledger.update(scorer.ledger - before)
         scores = []
-        for q, r in zip(questions, rationales):
-            gain = self.known[q, r] - self.known[q, ""]
-            scores.append(1 / (1 + math.exp(-gain)) if r else 0.0)
+        for with_r, without, r in zip(told, plain, rationales):
+            scores.append(1 / (1 + math.exp(without - with_r)) if r else 0.0)
         return scores
+
+    def logps(self, scorer, questions, rationales):
+        """Return log p(a | q, r) / |a| of each question."""
+        asked = [replace(q, choices=(q.right,)) for q in questions]  # the right choice alone
+        prompts = []
+        for q, r in zip(questions, rationales):
+            prompts.append(scorer.frame(score_prompt(q, rationale=r)))
+        records = scorer.look_up("score", asked, prompts)
+        return [record["logps"][0] / record["lengths"][0] for record in records]

@@ -17,6 +17,7 @@ from itertools import chain
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils import skip_init
@@ -126,7 +127,7 @@ class Choice(Purifier):
         raise NotImplementedError
 
     def purify(self, questions):
-        probabilities = self.choose(questions)  # (N, M)
+        probabilities = same_on_all_ranks(self.choose(questions))  # (N, M)
         self.chosen = dict(zip(self.rows, probabilities.tolist()))
         texts = self.teachers.rationales(questions, probabilities.argmax(1).tolist())
         return [[text] for text in texts]
@@ -137,6 +138,14 @@ class Choice(Purifier):
     def certain(self, picks):
         """Return probabilities (N, M) that are 1 for the picked teachers, (N,)."""
         return F.one_hot(picks, len(self.teachers)).float()
+
+
+def same_on_all_ranks(value):
+    """Return rank 0's value: under torchrun, sums on GPUs may differ from rank to rank."""
+    values = [value]
+    if dist.is_initialized():
+        dist.broadcast_object_list(values)
+    return values[0]
 
 
 # -------------------------------------------------------------------- the baseline and the controls
@@ -212,6 +221,7 @@ class Routing(Choice):
         """Return a new router."""
 
     def choose(self, questions):
+        model.require(len(self.teachers) > 1, "a router needs two teachers or more; give --teachers")
         if self.args.router:
             self.fitted_on = self.take_over(Path(self.args.router) / "router.safetensors")
         else:
@@ -237,14 +247,17 @@ class Routing(Choice):
         for name, ours in (("purifier", self.args.purifier), ("teachers", self.teachers.names)):
             theirs = json.loads(metadata.get(name, "null"))
             model.require(theirs == ours, f"{file}: fitted with {name} {theirs}, not {ours}")
+        other = f"{file}: fitted with another encoder; give that one as --encoder"
         tuned = model.part_of(tensors, "encoder")
         if tuned:
             encoder, _ = self.encoder
-            encoder.load_state_dict(tuned)
+            shapes = {name: p.shape for name, p in encoder.state_dict().items()}
+            model.require(shapes == {name: p.shape for name, p in tuned.items()}, other)
+            encoder.float().load_state_dict(tuned)
         probe = self.embed_texts([PROBE])
         theirs = tensors["probe"]
         same = probe.shape == theirs.shape and probe.allclose(theirs, atol=1e-3)
-        model.require(same, f"{file}: fitted with another encoder; give that one as --encoder")
+        model.require(same, other)
         return dict(embeddings=tensors["embeddings"], scores=tensors["scores"])
 
 
@@ -333,6 +346,9 @@ class Aggregation(Purifier):
             if not todo:  # out of domain: the first one was taught none of them, and wrote all
                 continue
             aggregator, tokenizer = self.open_lm(self.args.aggregator)
+            kind = aggregator.config["model_type"]
+            why = f"--aggregator {self.args.aggregator}: a {kind} cannot write"
+            model.require(kind in kp.WRITERS, why)
             chat = kp.chat_format(aggregator.folder, tokenizer) if aggregator.folder else "{}"
             token_cache = kp.TokenCache(tokenizer, self.MAX_LENGTH, chat)
             if half:
@@ -345,9 +361,11 @@ class Aggregation(Purifier):
         said = self.teachers.all_rationales(questions)
         prompts = token_cache.prompts(map(kp.aggregation_prompt, questions, said))
         purified = [None] * len(questions)
-        for rows in kp.progress(model.by_length(prompts, 128), "aggregate"):
+        room = self.args.max_new_tokens
+        batches = model.by_length(prompts, 128, self.args.batch_tokens, lambda ids: len(ids) + room)
+        for rows in kp.progress(batches, "aggregate"):
             batch = [prompts[row] for row in rows]
-            written = kp.write(aggregator, token_cache.tokenizer, batch, self.args.max_new_tokens)
+            written = kp.write(aggregator, token_cache.tokenizer, batch, room)
             for row, (text, n) in zip(rows, written):
                 purified[row] = text
                 self.ledger["aggregator_wrote"] += n

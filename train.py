@@ -26,12 +26,12 @@ T5), tiny-half and tiny-quarter (of its width), tiny-llama; with --data, tiny is
 
 
 def at_least(least):
-    """Return a check for argparse: a number of the type of `least`, and not smaller."""
+    """Return a check for argparse: a number of the type of `least`, not smaller, below 2^31."""
 
     def number(text):
         value = type(least)(text)
-        if not least <= value < float("inf"):
-            raise argparse.ArgumentTypeError(f"{text}: must be at least {least}")
+        if not least <= value < 2**31:
+            raise argparse.ArgumentTypeError(f"{text}: must be at least {least}, and below 2^31")
         return value
 
     number.__name__ = "number"  # which argparse names where the text is no number
@@ -220,9 +220,11 @@ def settle(args):
     known = ", ".join(purify.PURIFIERS)
     why = f"--purifier {args.purifier}: unknown; take one of {known}"
     require(args.purifier in purify.PURIFIERS, why)
-    devices = ["cuda", "cpu"] if torch.cuda.is_available() else ["cpu"]
-    args.device = args.device or devices[0]
-    require(args.device in devices, f"--device {args.device}: no such device here; take cpu")
+    routes = issubclass(purify.PURIFIERS[args.purifier], purify.Routing)
+    require(routes or not args.router, f"--router: --purifier {args.purifier} is no router")
+    checks = args.purifier in ("rl", "rl-verified")
+    require(not (checks and args.teacher_forcing), "--teacher-forcing: rl checks who was right")
+    args.device = pick_device(args.device)
     in_micro_world = args.data is None
     tiny_lr = 6e-3 if in_micro_world else 1.5e-3
     defaults = dict(
@@ -240,6 +242,14 @@ def settle(args):
             setattr(args, name, default)
     why = f"--dtype {args.dtype}: take float32 or bfloat16"
     require(args.dtype in ("float32", "bfloat16"), why)
+
+
+def pick_device(name):
+    """Return this device, or without a name the best one. Raise BadInput where it is not there."""
+    devices = ["cuda", "cpu"] if torch.cuda.is_available() else ["cpu"]
+    name = name or devices[0]
+    require(name in devices, f"--device {name}: no such device here; take cpu")
+    return name
 
 
 def open_parts(args, ranks):
@@ -307,7 +317,7 @@ def asking(args):
     """Return how checkpoints are asked, a kp.Asking."""
     return kp.Asking(
         device=args.device,
-        dtype=torch.bfloat16 if args.device == "cuda" else None,
+        dtype=torch.bfloat16 if args.dtype == "bfloat16" else None,
         shots=args.shots,
         max_new_tokens=args.max_new_tokens,
         tell_answer=args.teacher_forcing,
@@ -441,7 +451,7 @@ class Run:
     def begin(self):
         """Make the folder ready: new or cleared, or with --resume as it is."""
         config = self.folder / "config.json"
-        settings = {"format": FORMAT, **vars(self.args)}
+        settings = {"format": FORMAT, "processes": self.ranks.count, **vars(self.args)}
         del settings["resume"], settings["overwrite"]
         before = model.read_config(self.folder) if config.exists() else settings
         if self.args.resume or self.ranks.restarts != "0":
@@ -480,6 +490,7 @@ class Run:
                 self.save(step + 1, student, optimizer, purifier)
             if stopping:
                 self.bar.close()
+                self.ranks.wait()  # torchrun kills the others soon after the first one ends
                 if self.ranks.rank == 0:
                     again = "go on with the same command and --resume"
                     print(f"stopped after step {step + 1} and saved; {again}", file=sys.stderr)
@@ -540,7 +551,7 @@ class Run:
 
         Random draws need no state, because they depend on seed and step alone. Neither does the
         ledger: fitting the purifier again asks for the same answers, which are in the cache by
-        then.
+        then. (An aggregator's are not kept: it writes again.)
         """
         self.flush()
         if self.ranks.rank != 0:

@@ -12,6 +12,7 @@ from xml.etree import ElementTree
 import pytest
 
 import eval as evaluation
+import kp
 import model
 import train
 from conftest import write_lines
@@ -42,6 +43,31 @@ def test_differences_are_paired_by_seed():
     other = [{"accuracy": {"mean": 0.5}, "ood": {"mean": share}} for share in (0.2, 0.3)]
     assert evaluation.difference(other[1:], other[:1], "ood") == "+10.0"
     assert evaluation.spread([0.5, 0.7]) == "60.0 ± 14.1"
+
+
+def test_rows_have_names_and_folders_of_their_own(tmp_path):
+    args = evaluation.parse_args(["--compare", "--lam 1", "--lam 1"])
+    with pytest.raises(model.BadInput, match="two rows are called '--lam 1'"):
+        evaluation.rows_of(args)
+    rows = ("--data a/b", "--data a-b", "--data " + 200 * "c" + "1", "--data " + 200 * "c" + "2")
+    folders = {evaluation.folder_of(args, row, 0) for row in rows}
+    assert len(folders) == 4 and all(len(folder.name) < 255 for folder in folders)
+
+
+def test_nothing_is_not_the_true_rationale():
+    q = kp.Question("1", "t", "Which?", ("yes", "no"), 0)
+    assert evaluation.rate("", q) == "wrong answer"
+    told = kp.Question("1", "t", "Which?", ("yes", "no"), 0, truth="So the answer is yes.")
+    assert evaluation.rate(told.truth, told) == "true" and evaluation.rate("", told) == "wrong answer"
+
+
+def test_a_number_at_a_label_s_end_need_not_count_teachers():
+    runs = {label: [made_up_run(label, 0, 0.5, 3)] for label in ("lam 1", "lam 3", "lam 16")}
+    drawn = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(evaluation, "draw", lambda panels, x_title: drawn.append(panels))
+        evaluation.picture(runs, "teachers")
+    assert all(set(lines) == {"lam 1", "lam", "lam 16"} for lines in drawn[0].values())
 
 
 def test_compare_runs_what_is_missing_and_nothing_twice(world, teacher_folders, tmp_path, monkeypatch, capsys):
@@ -233,7 +259,9 @@ def test_the_conflict_meter_tells_agreement_from_conflict(world, teacher_folders
         evaluation.main(evaluation.parse_args([str(tmp_path / "answers"), "--meter", "--device", "cpu"]))
 
 
-@pytest.mark.parametrize("arguments, says", [(["--jobs", "0"], "--jobs 0"), (["--seeds", "0"], "--seeds 0"), ([], "nothing to do")])
+@pytest.mark.parametrize("arguments, says", [(["--jobs", "0"], "--jobs 0"), (["--seeds", "0"], "--seeds 0"), ([], "nothing to do"),
+    (["--compare", "x: --purifier 'router"], "No closing quotation"), (["out", "--device", "abacus"], "--device abacus"),
+])
 def test_bad_arguments_end_in_one_line(arguments, says, capsys):
     with pytest.raises(model.BadInput, match=says):
         evaluation.main(evaluation.parse_args(arguments))

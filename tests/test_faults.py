@@ -448,7 +448,7 @@ def test_control_characters_of_a_question_do_not_reach_the_terminal(world, tmp_p
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(world, tmp_path, capsys):
-    bad = ["--purifier", "answers", "--lr", "1e30", "--warmup", "1"]
+    bad = ["--purifier", "answers", "--lr", "1e9", "--warmup", "1"]
     arguments = given(world, tmp_path, *bad, "--steps", "40", "--eval-every", "20")
     with pytest.raises(SystemExit), model.one_line_errors():
         train.main(train.parse_args([*map(str, arguments)]))
@@ -462,6 +462,14 @@ def test_a_run_of_another_format_is_not_gone_on_with(world, tmp_path, capsys):
     (tmp_path / "run" / "config.json").write_text('{"format": 99}')
     line = one_line(given(world, tmp_path, "--resume"), capsys)
     assert "begun with --format 99, not 3" in line
+
+
+def test_another_number_of_processes_does_not_go_on(world, tmp_path, capsys):
+    """Each step's batch would be another one."""
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.json").write_text('{"format": 3, "processes": 2}')
+    line = one_line(given(world, tmp_path, "--resume"), capsys)
+    assert "begun with --processes 2, not 1" in line
 
 
 def soak(world, folder, purifier, number, launcher, more):

@@ -551,14 +551,14 @@ def texts_of(questions):
         for i, q in enumerate(questions):
             rationales[q.id] = f"{q.choices[0]} {name}"
             scores[q.id] = 0.9 if name == "ab"[i % 2] else 0.2
-        teachers.append(kp.TextTeacher(name, rationales, scores, kp.Judge(None)))
+        teachers.append(kp.TextTeacher(name, rationales, scores, kp.Judge(lambda: None)))
     return kp.Teachers(teachers)
 
 
 def fitted(purifier, questions, open_lm, **settings):
     """Return a purifier that is fitted for one batch of all questions."""
     defaults = dict(seed=0, max_new_tokens=20, fit_questions=None, encoder=None, aggregator=None, router=None)
-    args = SimpleNamespace(**{**defaults, "tune_aggregator": 0, **settings})
+    args = SimpleNamespace(**{**defaults, "tune_aggregator": 0, "batch_tokens": 2**14, **settings})
     visits = [list(range(len(questions)))]
     made = purifier(args, questions, visits, questions, texts_of(questions), open_lm)
     made.fit()
@@ -629,7 +629,7 @@ def test_no_purified_text_was_taught_to_its_writer(monkeypatch):
         taught.append([q.id for q in half])
 
     def open_lm(path):
-        return SimpleNamespace(folder=None), train_tokenizer(questions)
+        return SimpleNamespace(folder=None, config={"model_type": "t5"}), train_tokenizer(questions)
 
     monkeypatch.setattr(Aggregation, "tune", tune)
     monkeypatch.setattr(Aggregation, "write", write)

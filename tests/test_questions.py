@@ -160,7 +160,7 @@ def test_a_missing_rationale_is_named(tmp_path):
         read_rationales(file, data, ["train", "ood/train"], 128)
 
 
-def text_teachers(folder, data, open_scorer=None, max_words=128):
+def text_teachers(folder, data, open_scorer=lambda: None, max_words=128):
     """Return the kp.Teachers of a data set's own rationales/*.jsonl."""
     judge = kp.Judge(open_scorer)
     teachers = []
@@ -176,7 +176,7 @@ def test_scores_in_the_file_are_used_as_they_are_and_no_lm_is_opened(tmp_path):
     for name, column in zip("ab", zip(*expected)):
         rows = [said("train", i, score=score) for i, score in enumerate(column)]
         write_lines(tmp_path / "rationales" / f"{name}.jsonl", rows)
-    teachers = text_teachers(tmp_path, data, open_scorer=None)
+    teachers = text_teachers(tmp_path, data)
     assert torch.equal(teachers.scores(data["train"]), torch.tensor(expected))
     assert teachers.ledger["score_read"] == 0
 

@@ -490,6 +490,7 @@ def bad_arguments(world, teacher_folders, tmp_path, arguments):
         (["--lam", "nan"], ["--lam", "nan"]),
         (["--lr", "inf"], ["--lr", "inf"]),
         (["--seed", "x"], ["--seed", "x"]),
+        (["--seed", "20261126183000"], ["--seed", "below 2^31"]),
         (["--magic"], ["unrecognized arguments: --magic"]),
     ],
 )
@@ -511,6 +512,8 @@ def test_bad_arguments_end_with_one_line(world, teacher_folders, tmp_path, argum
         (["--student", "nowhere"], ["nowhere", "no such folder"]),
         (["--device", "abacus"], ["--device", "abacus"]),
         (["--dtype", "int8"], ["--dtype", "int8"]),
+        (["--purifier", "none", "--router", "nowhere"], ["--router", "none is no router"]),
+        (["--purifier", "rl", "--teacher-forcing"], ["--teacher-forcing", "rl"]),
     ],
 )
 def test_what_cannot_work_ends_with_one_line(world, teacher_folders, tmp_path, arguments, says, capsys):
@@ -556,6 +559,14 @@ def test_a_bad_encoder_is_named_before_anything_is_written(world, teacher_folder
     with pytest.raises(model.BadInput, match="encoder|no such folder"):
         run(world, teacher_folders, tmp_path, "--encoder", str(given))
     assert not (tmp_path / "run").exists()
+
+
+def test_a_router_needs_two_teachers_and_an_aggregator_that_writes(world, teacher_folders, tmp_path):
+    with pytest.raises(model.BadInput, match="needs two teachers"):
+        run(world, teacher_folders[:1], tmp_path, "--purifier", "plackett-luce", name="a")
+    bert = ["--aggregator", str(ROOT / "tests" / "fixtures" / "bert")]
+    with pytest.raises(model.BadInput, match="bert: a bert cannot write"):
+        run(world, teacher_folders[:2], tmp_path, "--purifier", "aggregate", *bert, name="b")
 
 
 def test_a_bert_cannot_be_a_student(world, teacher_folders, tmp_path):
@@ -615,7 +626,12 @@ def test_accumulated_passes_make_the_step_of_one_large_batch(world, teacher_fold
 @pytest.mark.parametrize("purifier", ["router", "plackett-luce", "classifier"])
 def test_a_fitted_router_routes_another_data_set(world, teacher_folders, tmp_path, purifier, monkeypatch):
     """No score is asked for there, and the choices are those of the run that fitted it."""
-    how = ["--purifier", purifier, "--encoder", str(teacher_folders[0])]
+    encoder = teacher_folders[0]
+    if purifier == "classifier":  # which tunes it in float32, and takes it over so
+        lm, tokenizer = model.load(encoder, dtype=torch.bfloat16)
+        encoder = tmp_path / "encoder"
+        model.save(lm, tokenizer, encoder)
+    how = ["--purifier", purifier, "--encoder", str(encoder)]
     first = run(world, teacher_folders, tmp_path, *how, name="first")
     other = tmp_path / "other"
     shutil.copytree(world, other, ignore=shutil.ignore_patterns("teachers", "ood"))
@@ -645,6 +661,11 @@ def test_a_router_that_does_not_fit_is_refused(world, teacher_folders, tmp_path)
     with pytest.raises(model.BadInput, match="fitted with another encoder; give that one as --encoder"):
         encoder = ["--encoder", str(world / "student")]
         run(world, teacher_folders, tmp_path, "--purifier", "router", *where, *encoder, name="c")
+    tuned = run(world, teacher_folders, tmp_path, "--purifier", "classifier", name="tuned")
+    with pytest.raises(model.BadInput, match="fitted with another encoder; give that one as --encoder"):
+        where = ["--router", str(tuned), "--encoder", str(ROOT / "tests" / "fixtures" / "bert")]
+        run(world, teacher_folders, tmp_path, "--purifier", "classifier", *where, name="e")
+    where = ["--router", str(first)]
     file.write_bytes(b"torn")
     with pytest.raises(model.BadInput, match="router.safetensors: not readable as safetensors"):
         run(world, teacher_folders, tmp_path, "--purifier", "router", *where, name="d")

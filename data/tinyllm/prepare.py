@@ -48,6 +48,9 @@ def read_texts(folder, n_questions):
     differs.
     """
     files = list(folder.glob("llm/train_CoT_*.json"))
+    for file in files:
+        number = file.stem.rpartition("_")[2]
+        require(number.isdecimal(), f"{file}: must be called train_CoT_K.json; delete it")
     files.sort(key=lambda file: int(file.stem.rpartition("_")[2]))  # 10 comes after 9
     require(files, f"{folder}: no rationales in llm/train_CoT_0.json; {AGAIN}")
     pairs = []
@@ -101,7 +104,7 @@ def convert(folder, out):
 
 def prepare(repo, out):
     """Convert every data set of the checkout that is there. Return {name: counts}."""
-    repo = Path(repo)
+    repo = Path(repo).absolute()  # "." has no name
     files = [*repo.glob("datasets/*/*_train.json"), *repo.glob("*_train.json")]
     why = "no datasets/NAME/NAME_train.json; give a checkout of YikunHan42/TinyLLM, or one data set of it"
     require(files, f"{repo}: {why}")
