@@ -535,8 +535,10 @@ class Teachers:
     it.
     """
 
-    def __init__(self, teachers):
+    def __init__(self, teachers, open_another=None):
+        """open_another: path -> CheckpointTeacher; without a path the T5 at hand, or the student."""
         self.teachers = teachers
+        self.open_another = open_another
         self.names = [teacher.name for teacher in teachers]
         self.are_large = sum(teacher.size for teacher in teachers) >= 2**30  # bytes
 

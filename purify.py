@@ -335,12 +335,11 @@ class Aggregation(Purifier):
     MAX_LENGTH = 2048  # tokens of question and rationales
 
     def purify(self, questions):
-        lessons = [[]]  # one aggregator, which is taught nothing
-        if self.args.tune_aggregator:
-            fit = self.questions_to_fit_on(default=2000)
-            lessons = [fit[0::2], fit[1::2]]  # two aggregators, half of the lessons each
+        if not self.args.tune_aggregator:
+            return self.ask(questions)
+        fit = self.questions_to_fit_on(default=2000)
         purified = {}
-        for half in lessons:
+        for half in (fit[0::2], fit[1::2]):
             seen = {*half, *purified}  # taught to this one, or written by the first one
             todo = [q for q in questions if q not in seen]
             if not todo:  # out of domain: the first one was taught none of them, and wrote all
@@ -351,13 +350,22 @@ class Aggregation(Purifier):
             model.require(kind in kp.WRITERS, why)
             chat = kp.chat_format(aggregator.folder, tokenizer) if aggregator.folder else "{}"
             token_cache = kp.TokenCache(tokenizer, self.MAX_LENGTH, chat)
-            if half:
-                self.tune(aggregator, token_cache, half)
+            self.tune(aggregator, token_cache, half)
             purified.update(zip(todo, self.write(aggregator, token_cache, todo)))
         return [[purified[q]] for q in questions]
 
+    def ask(self, questions):
+        """Return [r_P] of each question. The LM is asked as a teacher is: its cache keeps them."""
+        writer = self.teachers.open_another(self.args.aggregator)
+        said = self.teachers.all_rationales(questions)
+        prompts = [writer.frame(text) for text in map(kp.aggregation_prompt, questions, said)]
+        texts = [[record["text"]] for record in writer.look_up("rationale", questions, prompts)]
+        for did in ("read", "wrote"):
+            self.ledger[f"aggregator_{did}"] = writer.ledger[f"rationale_{did}"]
+        return texts
+
     def write(self, aggregator, token_cache, questions):
-        """Return r_P of each question."""
+        """Return r_P of each question, by an aggregator that was tuned."""
         said = self.teachers.all_rationales(questions)
         prompts = token_cache.prompts(map(kp.aggregation_prompt, questions, said))
         purified = [None] * len(questions)

@@ -273,12 +273,13 @@ def open_parts(args, ranks):
             return model.load(path or t5s[0], args.device)
         return copy.deepcopy(student).eval(), token_cache.tokenizer
 
-    def open_scorer():
-        path = args.scorer or (t5s[0] if t5s else student.folder)
-        require(path, "a new student cannot score rationales; give --scorer DIR, or scores with them")
+    def open_another(path):
+        path = path or (t5s[0] if t5s else student.folder)
+        why = "a new student can neither score rationales nor merge them; give --scorer or --aggregator DIR"
+        require(path, why)
         return kp.CheckpointTeacher(path, args.cache, asking(args), ranks=ranks)
 
-    teachers = open_teachers(args, folder, data, kp.Judge(open_scorer), ranks)
+    teachers = open_teachers(args, folder, data, open_another, ranks)
     if args.data:
         t5s = [teacher.folder for teacher in teachers.teachers if teacher.kind == "t5"]
     else:
@@ -290,9 +291,9 @@ def open_parts(args, ranks):
     return data, teachers, student, token_cache, open_lm
 
 
-def open_teachers(args, folder, data, judge, ranks):
+def open_teachers(args, folder, data, open_another, ranks):
     """Return kp.Teachers: those that --teachers names, the micro world's, or the data set's own
-    rationales/*.jsonl.
+    rationales/*.jsonl. open_another(path): see kp.Teachers.
     """
     if args.data:
         paths = args.teachers or sorted(folder.glob("rationales/*.jsonl"))
@@ -302,6 +303,7 @@ def open_teachers(args, folder, data, judge, ranks):
     n = len(paths)
     require(args.teacher < n, f"--teacher {args.teacher}: there are {n} teachers, numbered from 0")
     needed = ["train", "ood/train"] if args.ood else ["train"]
+    judge = kp.Judge(lambda: open_another(args.scorer))
 
     def open_one(path):
         if path.suffix == ".jsonl":
@@ -310,7 +312,7 @@ def open_teachers(args, folder, data, judge, ranks):
         return kp.CheckpointTeacher(path, args.cache, asking(args), data["train"], ranks)
 
     with ThreadPoolExecutor() as pool:  # to hash a large one takes 15 s
-        return kp.Teachers(list(pool.map(open_one, map(Path, paths))))
+        return kp.Teachers(list(pool.map(open_one, map(Path, paths))), open_another)
 
 
 def asking(args):
@@ -551,7 +553,7 @@ class Run:
 
         Random draws need no state, because they depend on seed and step alone. Neither does the
         ledger: fitting the purifier again asks for the same answers, which are in the cache by
-        then. (An aggregator's are not kept: it writes again.)
+        then. (A tuned aggregator's are not kept: it writes again.)
         """
         self.flush()
         if self.ranks.rank != 0:

@@ -542,7 +542,7 @@ def test_rl_goes_on_from_its_state_as_if_it_had_not_stopped():
 # ---- aggregation and the classifier, in other formats than the micro world's
 
 
-def texts_of(questions):
+def texts_of(questions, open_another=None):
     """Return two teachers that are texts."""
     teachers = []
     for name in ("a", "b"):
@@ -552,21 +552,21 @@ def texts_of(questions):
             rationales[q.id] = f"{q.choices[0]} {name}"
             scores[q.id] = 0.9 if name == "ab"[i % 2] else 0.2
         teachers.append(kp.TextTeacher(name, rationales, scores, kp.Judge(lambda: None)))
-    return kp.Teachers(teachers)
+    return kp.Teachers(teachers, open_another)
 
 
-def fitted(purifier, questions, open_lm, **settings):
+def fitted(purifier, questions, open_lm, open_another=None, **settings):
     """Return a purifier that is fitted for one batch of all questions."""
     defaults = dict(seed=0, max_new_tokens=20, fit_questions=None, encoder=None, aggregator=None, router=None)
     args = SimpleNamespace(**{**defaults, "tune_aggregator": 0, "batch_tokens": 2**14, **settings})
     visits = [list(range(len(questions)))]
-    made = purifier(args, questions, visits, questions, texts_of(questions), open_lm)
+    made = purifier(args, questions, visits, questions, texts_of(questions, open_another), open_lm)
     made.fit()
     return made
 
 
 def test_padding_does_not_count_as_written_by_a_llama_without_a_pad_token(
-    world, teacher_folders, tmp_path
+    world, teacher_folders, tmp_path, monkeypatch
 ):
     shutil.copytree(teacher_folders[1], tmp_path / "llama")
     config = model.read_json(tmp_path / "llama" / "config.json")
@@ -575,7 +575,11 @@ def test_padding_does_not_count_as_written_by_a_llama_without_a_pad_token(
     model.write_json(tmp_path / "llama" / "config.json", config)
     questions = read_questions(world / "train.jsonl")[:12]
     aggregator = str(tmp_path / "llama")
-    made = fitted(Aggregation, questions, model.load, aggregator=aggregator)
+
+    def open_another(path):
+        return kp.CheckpointTeacher(path, tmp_path / "cache", kp.Asking(max_new_tokens=20))
+
+    made = fitted(Aggregation, questions, None, open_another, aggregator=aggregator)
 
     lm, tokenizer = model.load(aggregator)
     read = []
@@ -588,6 +592,10 @@ def test_padding_does_not_count_as_written_by_a_llama_without_a_pad_token(
         wrote.append(len(new))
     assert len(set(wrote)) > 2
     assert made.ledger == {"aggregator_read": sum(read), "aggregator_wrote": sum(wrote)}
+
+    monkeypatch.setattr(model, "load", lambda *rest: pytest.fail("another run asked again"))
+    again = fitted(Aggregation, questions, None, open_another, aggregator=aggregator)
+    assert again.texts == made.texts and again.ledger == made.ledger
 
 
 @pytest.mark.parametrize("purifier", [Aggregation, ClassifierRouting])

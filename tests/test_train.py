@@ -82,7 +82,7 @@ def test_every_purifier_trains_on_tinyllm_s_layout(teacher_folders, tmp_path, pu
     entries = [f"Because of {i}. Thus, the answer is llama rationale: Since {i}." for i in range(19)]
     folder = converted(tmp_path, n=20, entries=[*entries, "llama rationale: So."])
     where = ["--data", str(folder), "--out", str(tmp_path / "run"), "--cache", str(tmp_path / "cache")]
-    scorer = ["--scorer", str(teacher_folders[0])]
+    scorer = ["--scorer", str(teacher_folders[0]), "--aggregator", str(teacher_folders[0])]
     train.main(train.parse_args([*where, *scorer, "--purifier", purifier, *SHORT]))
     result = result_of(tmp_path / "run")
     assert result["teachers"] == ["flan-t5-xl", "llama-2"]
@@ -95,7 +95,7 @@ def test_every_purifier_trains_on_tinyllm_s_layout(teacher_folders, tmp_path, pu
 def test_a_student_that_knows_nothing_is_no_scorer(tmp_path):
     folder = converted(tmp_path)
     arguments = train.parse_args(["--data", str(folder), "--out", str(tmp_path / "run"), *SHORT])
-    with pytest.raises(model.BadInput, match="a new student cannot score rationales; give --scorer DIR"):
+    with pytest.raises(model.BadInput, match="a new student can neither score rationales nor merge them; give --scorer"):
         train.main(arguments)
 
 
@@ -565,7 +565,7 @@ def test_a_router_needs_two_teachers_and_an_aggregator_that_writes(world, teache
     with pytest.raises(model.BadInput, match="needs two teachers"):
         run(world, teacher_folders[:1], tmp_path, "--purifier", "plackett-luce", name="a")
     bert = ["--aggregator", str(ROOT / "tests" / "fixtures" / "bert")]
-    with pytest.raises(model.BadInput, match="bert: a bert cannot write"):
+    with pytest.raises(model.BadInput, match="model_type 'bert' cannot teach"):
         run(world, teacher_folders[:2], tmp_path, "--purifier", "aggregate", *bert, name="b")
 
 
