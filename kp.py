@@ -507,8 +507,12 @@ def exact_match(student, tokenizer, questions, max_new_tokens=64):
     """Return {task: share of questions to which the student says the right choice, word by word},
     and the mean over tasks: the accuracy that TinyLLM reports.
     """
-    texts = say(student, tokenizer, map(predict_prompt, questions), max_new_tokens)
-    return by_task(questions, [text == q.right for text, q in zip(texts, questions)])
+    token_cache = cached(tokenizer)
+    texts = say(student, token_cache, map(predict_prompt, questions), max_new_tokens)
+    # What was taught: some choices have double spaces, or characters that the tokenizer lacks.
+    taught = token_cache.targets([q.right for q in questions])
+    rights = map(str.strip, map(token_cache.tokenizer.decode, taught))
+    return by_task(questions, [text in (q.right, right) for text, q, right in zip(texts, questions, rights)])
 
 
 def by_task(questions, marks):
@@ -770,6 +774,8 @@ class CheckpointTeacher:
         """Yield {"logps", "lengths"} for each question of a batch."""
         scored = choice_logps(self.lm(), self.tokenizer, prompts, choices, len(prompts))
         for logps, lengths in zip(*scored):
+            why = "gives probabilities that are not finite; give --dtype bfloat16"
+            require(all(map(math.isfinite, logps)), f"{self.folder}: {why}")
             yield dict(logps=logps, lengths=lengths)
 
     def write(self, ids):

@@ -179,8 +179,6 @@ def for_attention(bias):
     return F.pad(bias.contiguous(), (0, -n % 16))[..., :n]
 
 
-
-
 # --------------------------------------------------------------------------------------------- T5
 
 
@@ -678,11 +676,12 @@ def by_length(sequences, batch_size, limit=math.inf, held=len):
     """
     order = sorted(range(len(sequences)), key=lambda i: -len(sequences[i]))
     batches = []
-    while order:
-        fitting = limit // held(sequences[order[0]])  # all rows are padded to the first
+    start = 0
+    while start < len(order):
+        fitting = limit // held(sequences[order[start]])  # all rows are padded to the first
         n_rows = max(1, min(batch_size, fitting))
-        batches.append(order[:n_rows])
-        order = order[n_rows:]
+        batches.append(order[start : start + n_rows])
+        start += n_rows
     return batches
 
 
@@ -811,8 +810,6 @@ IGNORED = (  # what some checkpoints store besides
     "EncDecAttention.relative_attention_bias.weight",  # T5 v1.0 never uses it
     "rotary_emb.inv_freq", "position_ids",  # computed here
     "pooler.dense.", "cls.")  # BERT's heads
-
-
 BESIDE = (  # files beside the weights that tell how a model is addressed, and when it ends
     "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja",
     "generation_config.json")

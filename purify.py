@@ -338,6 +338,7 @@ class Aggregation(Purifier):
         if not self.args.tune_aggregator:
             return self.ask(questions)
         fit = self.questions_to_fit_on(default=2000)
+        model.require(len(fit) > 1, "aggregate needs two questions to fit on")
         purified = {}
         for half in (fit[0::2], fit[1::2]):
             seen = {*half, *purified}  # taught to this one, or written by the first one
@@ -440,6 +441,7 @@ class Reinforced(Purifier):
 
     def fit(self):
         states, n_outputs = self.describe([self.questions[row] for row in self.rows])
+        states = same_on_all_ranks(states)
         self.states = torch.empty(len(self.questions), *states.shape[1:])
         self.states[self.rows] = states  # no other row is ever looked up
         generator = torch.Generator().manual_seed(self.args.seed)

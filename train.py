@@ -460,7 +460,8 @@ class Run:
             for name, value in settings.items():
                 was = before.get(name, value)
                 why = f"begun with --{name.replace('_', '-')} {was}, not {value}; --resume takes the same"
-                require(was == value, f"{self.folder}: {why}")
+                printed = name == "processes" and self.result.exists()  # a finished run is only printed
+                require(was == value or printed, f"{self.folder}: {why}")
             if self.checkpoint.exists() or self.result.exists():
                 return
         elif config.exists() and not self.result.exists():
