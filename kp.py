@@ -451,13 +451,14 @@ def weigh_choices(sums, lengths, per_token):
     return [s / n for s, n in zip(sums, lengths)] if per_token else sums
 
 
-def write(lm, tokenizer, prompts, max_new_tokens):
+def write(lm, tokenizer, prompts, max_new_tokens, batch_tokens=math.inf):
     """Return what the LM writes, greedily, for N prompts (lists of ids): N pairs of (text, its
-    tokens).
+    tokens). batch_tokens: how many tokens it holds at once, prompts and what it writes.
     """
     device = model.device_of(lm)
     written = [None] * len(prompts)
-    for rows in progress(model.by_length(prompts, 128), "write"):
+    batches = model.by_length(prompts, 128, batch_tokens, lambda ids: len(ids) + max_new_tokens)
+    for rows in progress(batches, "write"):
         ids, mask = model.pad([prompts[row] for row in rows])
         new = lm.generate(ids.to(device), mask.to(device), max_new_tokens)
         for row, tokens in zip(rows, new.tolist()):

@@ -369,17 +369,11 @@ class Aggregation(Purifier):
         """Return r_P of each question, by an aggregator that was tuned."""
         said = self.teachers.all_rationales(questions)
         prompts = token_cache.prompts(map(kp.aggregation_prompt, questions, said))
-        purified = [None] * len(questions)
-        room = self.args.max_new_tokens
-        batches = model.by_length(prompts, 128, self.args.batch_tokens, lambda ids: len(ids) + room)
-        for rows in kp.progress(batches, "aggregate"):
-            batch = [prompts[row] for row in rows]
-            written = kp.write(aggregator, token_cache.tokenizer, batch, room)
-            for row, (text, n) in zip(rows, written):
-                purified[row] = text
-                self.ledger["aggregator_wrote"] += n
-                self.ledger["aggregator_read"] += len(prompts[row])
-        return purified
+        limits = self.args.max_new_tokens, self.args.batch_tokens
+        written = kp.write(aggregator, token_cache.tokenizer, prompts, *limits)
+        self.ledger["aggregator_wrote"] += sum(n for _, n in written)
+        self.ledger["aggregator_read"] += sum(map(len, prompts))
+        return [text for text, _ in written]
 
     def tune(self, aggregator, token_cache, questions):
         """Train by cross-entropy to write the rationale of each question's best-scoring teacher."""

@@ -220,9 +220,10 @@ def settle(args):
     known = ", ".join(purify.PURIFIERS)
     why = f"--purifier {args.purifier}: unknown; take one of {known}"
     require(args.purifier in purify.PURIFIERS, why)
-    routes = issubclass(purify.PURIFIERS[args.purifier], purify.Routing)
+    kind = purify.PURIFIERS[args.purifier]
+    routes = issubclass(kind, purify.Routing)
     require(routes or not args.router, f"--router: --purifier {args.purifier} is no router")
-    checks = args.purifier in ("rl", "rl-verified")
+    checks = issubclass(kind, purify.Reinforced)
     require(not (checks and args.teacher_forcing), "--teacher-forcing: rl checks who was right")
     args.device = pick_device(args.device)
     in_micro_world = args.data is None

