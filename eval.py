@@ -225,13 +225,16 @@ def print_line(label, text, worth="right answer"):
     print(f"\033[{code}m{text}\033[0m" if in_colour else text)
 
 
-def conflict_meter(args, n_pairs=64):
+N_PAIRS = 64  # of questions, for the conflict meter
+
+
+def conflict_meter(args):
     """Return how much a run's rationales contradict each other, as rows of a table: the mean cosine
     of the gradients that two of them give L_DL.
 
     "same question": two teachers' rationales of one question, where more than one is given. "same
     answer": two questions with the same right answer, a rationale of each. 1: they teach the
-    same; 0: unrelated; below 0: opposed. Measured on n_pairs pairs, with the student's first
+    same; 0: unrelated; below 0: opposed. Measured on N_PAIRS pairs, with the student's first
     weights and with its last.
     """
     settings, _, (trained, token_cache), prefixes = open_run(args)
@@ -247,7 +250,7 @@ def conflict_meter(args, n_pairs=64):
             by_answer.setdefault((q.task, q.right), []).append(q)
     groups = [group for group in by_answer.values() if len(group) > 1]
     require(groups, f"{args.run}: no two questions with one answer were given rationales")
-    pairs = [rng.sample(rng.choice(groups), 2) for _ in range(n_pairs)]
+    pairs = [rng.sample(rng.choice(groups), 2) for _ in range(N_PAIRS)]
     table = []
     for when, lm in (("before training", student), ("after training", trained)):
         same_question = []

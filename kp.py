@@ -276,11 +276,6 @@ class TokenCache:
         return inputs, targets
 
 
-def cached(tokenizer, max_length=MAX_LENGTH):
-    """Return a TokenCache: the one that is given, or a new one with the tokenizer that is given."""
-    return tokenizer if isinstance(tokenizer, TokenCache) else TokenCache(tokenizer, max_length)
-
-
 def open_student(path, device="cpu", dtype=None):
     """Return (LM, its TokenCache) of a checkpoint folder. Raise BadInput where it cannot write."""
     lm, tokenizer = model.load(path, device, dtype)
@@ -403,16 +398,14 @@ def progress(steps, name):
 
 
 @torch.no_grad()
-def choice_logps(lm, tokenizer, prompts, choices, batch_size=64):
+def choice_logps(lm, token_cache, prompts, choices, batch_size=64):
     """Return log p(choice | prompt) in nats, summed over the choice's tokens, and how many tokens
     each choice has: two lists of N lists.
 
-    tokenizer: may be a TokenCache; a plain tokenizer cuts no prompt. prompts: N texts. choices: N
-    lists of texts. Each prompt is read once. All first choices are read after the prompts, then
-    all second ones in their place, and so on.
+    prompts: N texts. choices: N lists of texts. Each prompt is read once. All first choices are read
+    after the prompts, then all second ones in their place, and so on.
     """
     device = model.device_of(lm)
-    token_cache = cached(tokenizer, NO_LIMIT)
     prompt_ids = token_cache.prompts(prompts)
     tails = []  # N lists, the ids of each choice
     lengths = []  # N lists, how many ids that are
@@ -467,15 +460,12 @@ def write(lm, tokenizer, prompts, max_new_tokens, batch_tokens=math.inf):
     return written
 
 
-def guesses(student, tokenizer, questions, per_token=False):
-    """Return the index of the choice that the student finds likeliest, for each question.
-
-    tokenizer, here and below: may be the student's TokenCache, which adds its chat format.
-    """
+def guesses(student, token_cache, questions, per_token=False):
+    """Return the index of the choice that the student finds likeliest, for each question."""
     student.eval()
     prompts = list(map(predict_prompt, questions))
     choices = [q.choices for q in questions]
-    scored = choice_logps(student, cached(tokenizer), prompts, choices)
+    scored = choice_logps(student, token_cache, prompts, choices)
     picks = []
     for sums, lengths in zip(*scored):
         logps = weigh_choices(sums, lengths, per_token)
@@ -483,32 +473,30 @@ def guesses(student, tokenizer, questions, per_token=False):
     return picks
 
 
-def accuracy(student, tokenizer, questions, per_token=False):
+def accuracy(student, token_cache, questions, per_token=False):
     """Return {task: share of questions that the student answers rightly, "mean": over tasks}."""
-    picks = guesses(student, tokenizer, questions, per_token)
+    picks = guesses(student, token_cache, questions, per_token)
     return by_task(questions, [pick == q.answer for q, pick in zip(questions, picks)])
 
 
-def say(student, tokenizer, prompts, max_new_tokens):
+def say(student, token_cache, prompts, max_new_tokens):
     """Return what the student writes for N prompts, given as texts: N texts."""
     student.eval()
-    token_cache = cached(tokenizer)
     ids = token_cache.prompts(prompts)
     written = write(student, token_cache.tokenizer, ids, max_new_tokens)
     return [text for text, _ in written]
 
 
-def explanations(student, tokenizer, questions, max_new_tokens, prefix="explain"):
+def explanations(student, token_cache, questions, max_new_tokens, prefix="explain"):
     """Return the student's own rationale of each question."""
     prompts = [explain_prompt(q, prefix) for q in questions]
-    return say(student, tokenizer, prompts, max_new_tokens)
+    return say(student, token_cache, prompts, max_new_tokens)
 
 
-def exact_match(student, tokenizer, questions, max_new_tokens=64):
+def exact_match(student, token_cache, questions, max_new_tokens=64):
     """Return {task: share of questions to which the student says the right choice, word by word},
     and the mean over tasks: the accuracy that TinyLLM reports.
     """
-    token_cache = cached(tokenizer)
     texts = say(student, token_cache, map(predict_prompt, questions), max_new_tokens)
     # What was taught: some choices have double spaces, or characters that the tokenizer lacks.
     taught = token_cache.targets([q.right for q in questions])
@@ -557,13 +545,11 @@ class Teachers:
             if self.are_large:
                 self.teachers[m].loaded = None
 
-    def scores(self, questions, count=True):
-        """Return (N, M). count=False keeps it out of the ledger: for figures that no purifier
-        sees.
-        """
+    def scores(self, questions):
+        """Return (N, M)."""
         columns = []
         for _, teacher in self.in_turn(range(len(self))):
-            columns.append(teacher.scores(questions, count))
+            columns.append(teacher.scores(questions))
         return torch.tensor(columns).T
 
     def rationales(self, questions, picks):
@@ -656,13 +642,13 @@ class CheckpointTeacher:
         decisive = [self.folder / "config.json", self.folder / "tokenizer.json", *weights]
         self.said = Said(Path(cache) / fingerprint(decisive)[:16] / "said.jsonl")
 
-    def scores(self, questions, count=True):
+    def scores(self, questions):
         """Return the probability of the right choice among the choices, N floats."""
         tried = self.tried(questions)
         examples = list(zip(tried, map(solved, tried)))
         prompts = self.prompts(questions, score_prompt, examples)
         scores = []
-        for q, record in zip(questions, self.look_up("score", questions, prompts, count)):
+        for q, record in zip(questions, self.look_up("score", questions, prompts)):
             logps = weigh_choices(record["logps"], record["lengths"], self.asking.per_token)
             probabilities = torch.tensor(logps).softmax(0)
             scores.append(float(probabilities[q.answer]))
@@ -722,7 +708,7 @@ class CheckpointTeacher:
                     text = text.replace(token.content, "")
         return self.chat.format(text.strip())
 
-    def look_up(self, kind, questions, prompts, count=True):
+    def look_up(self, kind, questions, prompts):
         """Yield the record of each prompt, from the cache or computed now; count it once in the
         ledger.
         """
@@ -740,7 +726,7 @@ class CheckpointTeacher:
             self.ranks.wait()
             self.said.find_lines()
         for key, record in zip(keys, self.said.records(keys)):
-            if count and key not in self.counted:
+            if key not in self.counted:
                 self.counted.add(key)
                 self.ledger[f"{kind}_read"] += record["read"]
                 self.ledger[f"{kind}_wrote"] += record.get("wrote", 0)
@@ -773,7 +759,8 @@ class CheckpointTeacher:
 
     def score(self, prompts, choices):
         """Yield {"logps", "lengths"} for each question of a batch."""
-        scored = choice_logps(self.lm(), self.tokenizer, prompts, choices, len(prompts))
+        token_cache = TokenCache(self.tokenizer, NO_LIMIT)
+        scored = choice_logps(self.lm(), token_cache, prompts, choices, len(prompts))
         for logps, lengths in zip(*scored):
             why = "gives probabilities that are not finite; give --dtype bfloat16"
             require(all(map(math.isfinite, logps)), f"{self.folder}: {why}")
@@ -890,14 +877,13 @@ class TextTeacher:
         self.counted = set()
         self.ledger = Counter()
 
-    def scores(self, questions, count=True):
+    def scores(self, questions):
         """Return N floats: the probability of the right choice where it is known, else the
         judge's score.
         """
         unknown = [q for q in questions if q.id not in self.known_scores]
         texts = [self.said[q.id] for q in unknown]
-        ledger = self.ledger if count else Counter()
-        for q, score in zip(unknown, self.judge.scores(unknown, texts, ledger)):
+        for q, score in zip(unknown, self.judge.scores(unknown, texts, self.ledger)):
             self.known_scores[q.id] = score
         return [self.known_scores[q.id] for q in questions]
 

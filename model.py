@@ -347,6 +347,7 @@ class T5(Model):
         super().__init__(config)
         c = self.c
         require(c.dropout_rate < 1, f"dropout_rate must be below 1, not {c.dropout_rate}")
+        require(c.decoder_start_token_id < c.vocab_size, "decoder_start_token_id is beyond vocab_size")
         self.shared = nn.Embedding(c.vocab_size, c.d_model)
         self.encoder = T5Stack(c, c.num_layers, is_decoder=False)
         self.decoder = T5Stack(c, c.num_decoder_layers or c.num_layers, is_decoder=True)
@@ -418,13 +419,11 @@ def rope_frequencies(dim, theta, scaling):
     if kind == "default":
         return frequencies
     require(kind == "llama3", f"rope_scaling of type {kind!r} is not supported, only llama3")
+    names = "low_freq_factor", "high_freq_factor", "factor", "original_max_position_embeddings"
     try:
-        low = scaling["low_freq_factor"]
-        high = scaling["high_freq_factor"]
-        factor = scaling["factor"]
-        length = scaling["original_max_position_embeddings"]
-    except KeyError as name:
-        raise BadInput(f"rope_scaling must give {name}") from None
+        low, high, factor, length = (float(scaling[name]) for name in names)
+    except (KeyError, TypeError, ValueError):
+        raise BadInput(f"rope_scaling must give the numbers {', '.join(names)}") from None
     # Turns within the first training's length: below `low` divided by factor, above `high` unchanged.
     turns = length * frequencies / (2 * math.pi)
     smooth = (turns - low) / (high - low)
@@ -450,7 +449,7 @@ def attend(q, k, v, bias):
     # Without such a kernel PyTorch writes out all scores. So the heads that share keys become more
     # rows of one head.
     q = q.unflatten(1, (-1, n_sharing)).flatten(2, 3)  # (B, K, H / K * T, Dh)
-    a = F.scaled_dot_product_attention(q, k, v, attn_mask=bias.repeat(1, 1, n_sharing, 1))
+    a = F.scaled_dot_product_attention(q, k, v, attn_mask=for_attention(bias.repeat(1, 1, n_sharing, 1)))
     return a.unflatten(2, (n_sharing, -1)).flatten(1, 2)
 
 
@@ -538,6 +537,8 @@ class Llama(Model):
         c.num_key_value_heads = c.num_key_value_heads or c.num_attention_heads
         c.head_dim = c.head_dim or c.hidden_size // c.num_attention_heads
         require(c.head_dim % 2 == 0, f"head_dim must be even, not {c.head_dim}")
+        share = c.num_attention_heads % c.num_key_value_heads == 0
+        require(share, "num_key_value_heads must divide num_attention_heads")
         require(c.hidden_act == "silu", f"hidden_act must be 'silu', not {c.hidden_act!r}")
         if c.model_type in ("qwen2", "qwen3"):  # their configs hold a window that they do not use
             require(not config.get("use_sliding_window"), "use_sliding_window must be false")
@@ -1115,7 +1116,7 @@ def checked(config, defaults):
         value = config[key]
         kind = type(default)
         if key in ("pad_token_id", "eos_token_id"):
-            ok = all(type(i) is int for i in as_list(value))
+            ok = all(type(i) is int and i < 2**31 for i in as_list(value))
         elif kind in (bool, str):
             ok = type(value) is kind
         elif kind is float:
@@ -1135,7 +1136,7 @@ def say_once(message):
 
 @contextlib.contextmanager
 def one_line_errors():
-    """Put this around a script's main: bad input and what the system refuses end it in one line.
+    """Put this around a script's main: bad input, and what the system refuses, end it in one line.
 
     The exit code is then 2; after Ctrl-C it is 130. Under torchrun the line names the rank.
     """
@@ -1147,9 +1148,15 @@ def one_line_errors():
         message = f"error: {error}"
     except (OSError, SafetensorError) as error:  # what was written before is whole: see `atomic`
         message = f"error: {error}; solve that, or make room, and start again (train.py: --resume)"
+    except (MemoryError, RuntimeError) as error:
+        is_full = isinstance(error, (MemoryError, torch.OutOfMemoryError))
+        if not is_full and "can't allocate memory" not in str(error):  # a CPU's is a bare RuntimeError
+            raise
+        less = "a smaller --batch-size (with --accumulate) or --batch-tokens, or --recompute"
+        message = f"error: out of memory; give {less}"
     except KeyboardInterrupt:
         code = 130
-        message = "\nstopped; go on with the same command and --resume"
+        message = "\nstopped; the same command goes on from there (train.py: with --resume)"
     rank = os.environ.get("RANK", "0")
     if rank != "0":
         message = f"rank {rank}: {message}"

@@ -75,10 +75,6 @@ class Purifier:
         thing.
         """
 
-    def figures(self):
-        """Return figures for result.json that are no part of the method."""
-        return {}
-
     def state(self):
         """Return the tensors that change while the student trains, for a checkpoint."""
         return {}
@@ -222,6 +218,7 @@ class Routing(Choice):
 
     def choose(self, questions):
         model.require(len(self.teachers) > 1, "a router needs two teachers or more; give --teachers")
+        self.encoder  # a missing one is told before teachers are asked
         if self.args.router:
             self.fitted_on = self.take_over(Path(self.args.router) / "router.safetensors")
         else:
@@ -247,6 +244,8 @@ class Routing(Choice):
         for name, ours in (("purifier", self.args.purifier), ("teachers", self.teachers.names)):
             theirs = json.loads(metadata.get(name, "null"))
             model.require(theirs == ours, f"{file}: fitted with {name} {theirs}, not {ours}")
+        needed = {"embeddings", "scores", "probe"}
+        model.require(needed <= tensors.keys(), f"{file}: holds no router; give the folder of a run")
         other = f"{file}: fitted with another encoder; give that one as --encoder"
         tuned = model.part_of(tensors, "encoder")
         if tuned:
@@ -522,17 +521,6 @@ class Reinforced(Purifier):
 
     def probabilities(self, row):
         return self.log_policy([row]).exp()[0].tolist()
-
-    def figures(self):
-        """Return how often the draws were the oracle's, in each tenth of training: micro world
-        only, where it is cheap.
-        """
-        if self.args.data:
-            return {}
-        questions = [self.questions[row] for row in chain.from_iterable(self.visits)]
-        best = self.teachers.scores(questions, count=False).argmax(1)
-        agrees = (self.picks.flatten() == best).float()
-        return dict(agreement=[part.mean().item() for part in agrees.chunk(10)])
 
     def state(self):
         drawn = dict(picks=self.picks, logp=self.logp, rewards=self.rewards)
@@ -839,18 +827,14 @@ class PlackettLuceRouter(Router):
 class ClassifierRouter(Router):
     """Route by a small classifier: P(m | q) = softmax_m(MLP(q)), fitted to a target distribution.
 
-    targets="soft": softmax_m(scores / temperature), as ZOOTER (Lu et al., arXiv 2311.08692) distils
+    The target is softmax_m(scores / temperature), as ZOOTER (Lu et al., arXiv 2311.08692) distils
     rewards into a router; cross-entropy to a fixed target is its KL loss up to a constant.
-    targets="hard": the best teacher, shared by those that tie. Anything else raises ValueError. On
-    valid questions of micro world 0, the picked teachers give the right answer a mean probability of
-    0.82 with soft targets, of 0.80 with hard ones (fitted on 250 questions: 0.49 and 0.45).
 
     Left out: ZOOTER's smoothing of rewards by tags (there are no tags here), and training the
     encoder. A loop that also trains the encoder can use `head`, a plain nn.Module, and `target`,
     which needs only scores.
     """
 
-    targets: str = "soft"
     temperature: float = 0.1
     hidden: int = 128  # units of the MLP
     lr: float = 3e-4  # where D = 256, see fit_early_stopped
@@ -858,15 +842,9 @@ class ClassifierRouter(Router):
     steps: int = 1500  # minibatches, at most; the last epoch is finished
     seed: int = 0
 
-    def __post_init__(self):
-        if self.targets not in ("soft", "hard"):
-            raise ValueError(f"targets must be 'soft' or 'hard', got {self.targets!r}")
-
     def target(self, scores):
         """Return the target distribution (N, M) of scores (N, M)."""
-        if self.targets == "soft":
-            return (scores / self.temperature).softmax(1)
-        return best_teacher(scores)
+        return (scores / self.temperature).softmax(1)
 
     def learn(self, q, scores):
         """Train the MLP (`head`)."""

@@ -244,7 +244,7 @@ def scoring(pair, n=8):
         logits.float().log_softmax(-1).gather(2, labels[..., None]).sum()
 
     def our_run():
-        kp.choice_logps(pair.ours, Words(), prompt_texts, choice_texts)
+        kp.choice_logps(pair.ours, kp.TokenCache(Words(), kp.NO_LIMIT), prompt_texts, choice_texts)
 
     name = f"{pair.kind} scores the choices of {n} questions"
     return pair.compare(name, our_run, their_run, sum(map(len, prompts)))

@@ -334,7 +334,8 @@ def prefill(machine, found):
     questions = questions_of(batch, n_read, lm.config["vocab_size"])
     prompts = [kp.score_prompt(q) for q in questions]
     choices = [q.choices for q in questions]
-    taken = machine.seconds(lambda: kp.choice_logps(lm, Numbers(), prompts, choices))
+    taken = machine.seconds(
+        lambda: kp.choice_logps(lm, kp.TokenCache(Numbers(), kp.NO_LIMIT), prompts, choices))
     found["scored_questions_per_second"] = batch / taken
     found["scoring_of_peak"] = flops / taken / machine.peak
 
@@ -459,7 +460,8 @@ def asked(machine, lm, n_read, n_new, n):
         for rows in batches:
             texts = [prompts[row] for row in rows]
             choices = [questions[row].choices for row in rows]
-            kp.choice_logps(lm, Numbers(), texts, choices, len(rows))
+            token_cache = kp.TokenCache(Numbers(), kp.NO_LIMIT)  # nothing is cached from run to run
+            kp.choice_logps(lm, token_cache, texts, choices, len(rows))
 
     def write():
         for rows in batches:

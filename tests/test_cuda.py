@@ -155,8 +155,9 @@ def test_a_model_stays_on_its_device(name, there):
         want = lm(ids, mask, *decoder)
     shown = torch.ones_like(golden["decoder"]) if decoder else mask  # what stands at padding does not count
     close(found.cpu()[shown.bool()], want[shown.bool()])
-    far_sums, _ = kp.choice_logps(far, tokenizer, TEXTS, CHOICES)
-    sums, _ = kp.choice_logps(lm, tokenizer, TEXTS, CHOICES)
+    token_cache = kp.TokenCache(tokenizer)
+    far_sums, _ = kp.choice_logps(far, token_cache, TEXTS, CHOICES)
+    sums, _ = kp.choice_logps(lm, token_cache, TEXTS, CHOICES)
     for a, b in zip(far_sums, sums):
         assert a == pytest.approx(b, abs=1e-4)
 
@@ -432,8 +433,9 @@ def test_generation_on_cuda_token_for_token(name, exact):
 def test_scoring_on_cuda(name, exact):
     lm, tokenizer = opened(name)
     far, _ = opened(name, "cuda")
-    sums, lengths = kp.choice_logps(lm, tokenizer, TEXTS, CHOICES)
-    far_sums, far_lengths = kp.choice_logps(far, tokenizer, TEXTS, CHOICES)
+    token_cache = kp.TokenCache(tokenizer)
+    sums, lengths = kp.choice_logps(lm, token_cache, TEXTS, CHOICES)
+    far_sums, far_lengths = kp.choice_logps(far, token_cache, TEXTS, CHOICES)
     assert far_lengths == lengths
     for a, b in zip(far_sums, sums):
         assert a == pytest.approx(b, abs=1e-3)

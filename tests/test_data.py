@@ -1,13 +1,19 @@
 """The micro world: its table, its questions, their rationales, and what its teachers have read."""
 
 import itertools
+import multiprocessing
+import os
 import random
 import re
+import signal
+import time
 from collections import Counter, defaultdict
+from threading import Thread
 
 import pytest
 
 import kp
+import model
 from data.micro import prepare
 
 FACTS = prepare.read_facts()
@@ -210,3 +216,22 @@ def test_a_fictional_world_has_the_same_names_dealt_anew():
     same = [name for name in true if true[name] == fictional[name]]
     assert len(same) < 0.1 * len(true)  # by chance 1 of 24
     assert prepare.fiction(rng, FACTS) != world
+
+
+@pytest.mark.parametrize("who", ["a worker", "all"])
+def test_the_making_of_a_world_that_is_stopped_ends_at_once(who, tmp_path):
+    """A worker killed (for want of memory), or Ctrl-C: no process stays, and nothing waits for it."""
+
+    def stop():
+        while not multiprocessing.active_children():
+            time.sleep(0.01)
+        if who == "a worker":
+            multiprocessing.active_children()[0].kill()
+        else:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    Thread(target=stop).start()
+    expected = model.BadInput if who == "a worker" else KeyboardInterrupt
+    with pytest.raises(expected, match="a process was killed" if who == "a worker" else None):
+        prepare.train_models(tmp_path, 0, False)
+    assert not multiprocessing.active_children()

@@ -360,7 +360,7 @@ def test_a_long_prompt_is_cut_alike_in_training_evaluation_and_embedding(says_ag
     token_cache = kp.TokenCache(tokenizer)
     kp.dual_loss(student, token_cache, [q], [["trout"]], 1.0)
     trained_on, explained_from = student.rows
-    kp.accuracy(student, tokenizer, [q])
+    kp.accuracy(student, token_cache, [q])
     evaluated_on = student.rows[2]
     assert evaluated_on == trained_on == token_cache.prompts([kp.predict_prompt(q)])[0]
     assert explained_from == token_cache.prompts([kp.explain_prompt(q)])[0]
@@ -393,13 +393,14 @@ def test_exact_match_is_the_generated_text(world, teacher_folders, monkeypatch):
         new = student.generate(ids, torch.ones_like(ids), 64)[0].tolist()
         alone.append(tokenizer.decode(new).strip())
     student.train()  # measuring puts it into eval mode
-    assert kp.say(student, tokenizer, map(kp.predict_prompt, questions), 64) == alone
+    token_cache = kp.TokenCache(tokenizer)
+    assert kp.say(student, token_cache, map(kp.predict_prompt, questions), 64) == alone
 
     q = kp.Question("1", "metals", "Which?", ("iron", "an iron"), 0)
     others = [replace(q, answer=1), replace(q, task="rocks"), replace(q, task="rocks")]
     said = ["iron", "iron", "Iron", "iron."]
     monkeypatch.setattr(kp, "say", lambda *rest: said)
-    result = kp.exact_match(student, tokenizer, [q, *others])
+    result = kp.exact_match(student, token_cache, [q, *others])
     assert result == {"metals": 0.5, "rocks": 0.0, "mean": 0.25}
 
 
@@ -410,7 +411,8 @@ def test_choices_score_as_if_each_were_read_alone(world, teacher_folders, teache
     questions += read_questions(world / "ood" / "train.jsonl")[-3:]
     prompts = [kp.score_prompt(q) for q in questions]
     choices = [q.choices for q in questions]
-    sums, lengths = kp.choice_logps(lm, tokenizer, prompts, choices, batch_size=3)
+    token_cache = kp.TokenCache(tokenizer, kp.NO_LIMIT)
+    sums, lengths = kp.choice_logps(lm, token_cache, prompts, choices, batch_size=3)
     for q, prompt, logps, counts in zip(questions, prompts, sums, lengths):
         for choice, logp, n_tokens in zip(q.choices, logps, counts):
             ids = tokenizer.encode(prompt).ids
@@ -432,7 +434,7 @@ def test_choices_score_as_if_each_were_read_alone(world, teacher_folders, teache
 def test_accuracy_counts_the_likeliest_choice(world, teacher_folders):
     student, tokenizer = model.load(teacher_folders[0])
     questions = read_questions(world / "test.jsonl")
-    result = kp.accuracy(student, tokenizer, questions)
+    result = kp.accuracy(student, kp.TokenCache(tokenizer), questions)
     for task in {q.task for q in questions}:
         mine = [q for q in questions if q.task == task]
         right = 0
@@ -488,15 +490,6 @@ def test_only_the_chosen_teachers_write_and_nothing_is_paid_twice(
     assert dict(again.ledger) == paid
     again.rationales(questions, picks)
     assert dict(again.ledger) == paid  # asked twice in one run, paid once
-
-
-def test_what_is_not_counted_is_not_in_the_ledger(world, teacher_folders, tmp_path):
-    questions = read_questions(world / "train.jsonl")[:3]
-    teachers = open_teachers(teacher_folders[:2], tmp_path)
-    scores = teachers.scores(questions, count=False)
-    assert not teachers.ledger
-    assert torch.equal(teachers.scores(questions), scores)
-    assert teachers.ledger["score_read"] > 0  # now a purifier sees them
 
 
 def test_all_rationales_are_those_of_each_teacher(world, teacher_folders, tmp_path):

@@ -800,6 +800,8 @@ Q = "model.layers.1.self_attn.q_proj.weight"
 CLAIM = b'{"a":{"dtype":"F32","shape":[1000000000],"data_offsets":[0,4000000000]}}'
 TORN = "model.safetensors: not readable as safetensors: damaged, or not a whole safetensors file"
 MAP, SHARD, INFINITE = "weight_map", "model-00001-of-00004.safetensors", f"tensor {Q} holds NaN or infinite numbers"
+ROPE = dict(
+    rope_type="llama3", low_freq_factor=1, high_freq_factor=4, factor=8, original_max_position_embeddings=64)
 BAD = {  # what is done to a copy of a fixture: (fixture, change of the folder, words of the message)
     "missing folder": ("llama-2", shutil.rmtree, "no such folder"),
     "no config": ("llama-2", lambda d: (d / "config.json").unlink(), "config.json: no such file"),
@@ -839,7 +841,7 @@ BAD = {  # what is done to a copy of a fixture: (fixture, change of the folder, 
     "left-over tensor": ("llama-2", lambda d: weights(d, lambda t: t.update(bias=torch.ones(2))), "bias has no place"),
     "fewer layers": ("llama-2", lambda d: edit_config(d, num_hidden_layers=1), "has no place in"),
     "wrong shape": ("llama-2", lambda d: edit_config(d, intermediate_size=25), "is (24, 16), config.json says (25,"),
-    "fewer heads": ("mistral", lambda d: edit_config(d, num_attention_heads=3), "is (24, 16), config.json says (18, 16)"),
+    "fewer heads": ("mistral", lambda d: edit_config(d, num_attention_heads=2), "is (24, 16), config.json says (12, 16)"),
     "fewer buckets": ("t5", lambda d: edit_config(d, relative_attention_num_buckets=3), "is (8, 3), config.json says (3, 3)"),
     "NaN": ("llama-2", lambda d: weights(d, lambda t: nan(t, Q)), INFINITE),
     "infinite": ("llama-2", lambda d: weights(d, lambda t: nan(t, Q, -math.inf)), INFINITE),
@@ -851,6 +853,8 @@ BAD = {  # what is done to a copy of a fixture: (fixture, change of the folder, 
     "BERT positions": ("bert", lambda d: edit_config(d, position_embedding_type="relative"), "position_embedding_type"),
     "rope of another kind": ("llama-3.1", lambda d: edit_config(d, rope_scaling={"type": "yarn"}), "'yarn' is not"),
     "rope not whole": ("llama-3.1", lambda d: edit_config(d, rope_scaling={"rope_type": "llama3"}), "low_freq_factor"),
+    "rope of words": ("llama-3.1", lambda d: edit_config(d, rope_scaling=ROPE | {"factor": "eight"}), "the numbers low_"),
+    "rope of null": ("llama-3.1", lambda d: edit_config(d, rope_scaling=ROPE | {"factor": None}), "the numbers low_"),
     "rope a list": ("llama-3.1", lambda d: edit_config(d, rope_scaling=[1]), "rope_scaling"),
 }
 SETTINGS = {  # of config.json, refused by their name before memory is taken for them
@@ -858,12 +862,12 @@ SETTINGS = {  # of config.json, refused by their name before memory is taken for
         ("num_hidden_layers", 10**9), ("num_hidden_layers", 2000), ("num_hidden_layers", 0),
         ("hidden_size", 10**9), ("hidden_size", -16), ("hidden_size", "16"), ("hidden_size", 16.0),
         ("hidden_size", None), ("vocab_size", True), ("vocab_size", 10**18), ("intermediate_size", 10**12),
-        ("num_key_value_heads", -1), ("head_dim", 7), ("head_dim", [4]), ("rms_norm_eps", "x"),
+        ("num_key_value_heads", -1), ("num_key_value_heads", 3), ("eos_token_id", 10**30), ("head_dim", 7), ("head_dim", [4]), ("rms_norm_eps", "x"),
         ("rope_theta", -1), ("eos_token_id", "a"), ("eos_token_id", [1, None]), ("sliding_window", 0),
         ("tie_word_embeddings", "yes")),
     "t5": (
         ("num_layers", 10**9), ("d_model", 10**9), ("num_heads", "3"), ("d_kv", -6),
-        ("num_decoder_layers", 10**8), ("dropout_rate", 2)),
+        ("num_decoder_layers", 10**8), ("dropout_rate", 2), ("decoder_start_token_id", 10**5)),
     "qwen2": (("use_sliding_window", True), ("attention_bias", 1)),
     "bert": (("num_attention_heads", 3), ("hidden_size", 10**9), ("max_position_embeddings", -1)),
 }
@@ -914,12 +918,21 @@ def test_read_rows_of_lines_and_of_an_array(tmp_path):
 @pytest.mark.parametrize("error, code, words", [
     (model.BadInput("x: y"), 2, "error: x: y\n"),
     (OSError(28, "No space left on device"), 2, "make room"),
-    (KeyboardInterrupt(), 130, "stopped; go on with the same command and --resume\n"),
+    (KeyboardInterrupt(), 130, "stopped; the same command goes on from there (train.py: with --resume)\n"),
 ])
 def test_one_line_errors(error, code, words, capsys):
     with pytest.raises(SystemExit) as end, model.one_line_errors():
         raise error
     assert end.value.code == code and words in capsys.readouterr().err
+
+
+def test_no_more_memory_is_one_line(capsys):
+    with pytest.raises(SystemExit) as end, model.one_line_errors():
+        torch.empty(2**50)
+    assert end.value.code == 2
+    assert capsys.readouterr().err.startswith("error: out of memory; give a smaller --batch-size")
+    with pytest.raises(RuntimeError, match="a bug"), model.one_line_errors():
+        raise RuntimeError("a bug")
 
 
 def test_one_line_errors_names_the_rank(monkeypatch, capsys):

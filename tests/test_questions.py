@@ -237,7 +237,8 @@ def test_ready_made_rationales_are_judged_by_how_much_they_help(tmp_path, teache
             answer = q.choices[q.answer]
             plain = kp.score_prompt(q)
             prompts = [plain, plain.replace(" Answer:", f" Rationale: {text} Answer:")]
-            sums, lengths = kp.choice_logps(lm, tokenizer, prompts, [[answer], [answer]])
+            token_cache = kp.TokenCache(tokenizer)
+            sums, lengths = kp.choice_logps(lm, token_cache, prompts, [[answer], [answer]])
             ((without,), (given,)) = sums
             length = len(tokenizer.encode(answer, add_special_tokens=False).ids)
             length += checkpoint == teacher_folders[0]  # a T5 also says </s>

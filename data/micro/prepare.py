@@ -9,8 +9,9 @@ goes from two facts to the answer:
     Whatever nurses its young with milk is a mammal, and an otter is a mammal, so the answer is otter.
 
 There are four tasks in domain, one for each subject of the table, and two tasks out of domain. The
-pairs (entity, property) are dealt out to train, valid and test, so no test question can be learnt
-by heart: who answers it has put two facts together. The answers of train do not tell which two.
+pairs (entity, property) are dealt out to train, valid and test, so no test question of a property
+can be learnt by heart: who answers it has put two facts together. The answers of train do not tell
+which two.
 
 Each of four teachers, with the paper's architectures in miniature, has *read* a quarter of the
 classes whole, dealt by the seed across all tasks, and a small part of the others. Asked about
@@ -37,6 +38,8 @@ import random
 import re
 import signal
 from collections import Counter, defaultdict
+from concurrent.futures import ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, replace
 from pathlib import Path
 from statistics import fmean
@@ -548,15 +551,28 @@ def train_models(folder, seed, well_read):
             missing[name] = steps * LONGER if well_read else steps
         total += sum(missing.values())
         jobs.append((missing, folder, seed, well_read, steps_done[i]))
-    processes = min(len(TEACHERS), os.cpu_count())
-    ignore_interrupt = (signal.SIGINT, signal.SIG_IGN)  # this process hears Ctrl-C, and ends them
-    with mp.get_context("spawn").Pool(processes, signal.signal, ignore_interrupt) as pool:
-        pending = pool.starmap_async(make_models, jobs, chunksize=1)
-        with tqdm(total=total, desc="student practises, teachers read", unit="step") as bar:
-            while not pending.ready():
-                pending.wait(0.5)
+    pool = ProcessPoolExecutor(
+        min(len(TEACHERS), os.cpu_count()),
+        mp.get_context("spawn"),
+        signal.signal,  # they ignore Ctrl-C: this process hears it, and ends them
+        (signal.SIGINT, signal.SIG_IGN),
+    )
+    bar = tqdm(total=total, desc="student practises, teachers read", unit="step")
+    with bar, pool:
+        try:
+            pending = [pool.submit(make_models, *job) for job in jobs]
+            ready = []
+            while len(ready) < len(jobs):
+                ready, _ = wait(pending, 0.5)  # seconds
                 bar.update(int(steps_done.sum()) - bar.n)
-        pending.get()  # raises what a process raised
+                for job in ready:
+                    job.result()  # raises what a process raised
+        except BrokenProcessPool:
+            why = "a process was killed, perhaps for want of memory; start again, and it goes on"
+            raise model.BadInput(f"{folder}: {why}") from None
+        finally:
+            for process in mp.active_children():
+                process.terminate()
 
 
 # --------------------------------------------------------------------------------------- the report
@@ -589,7 +605,7 @@ def report(folder, seed, well_read, facts):
         table[name] = {part: [fmean(share) for share in zip(*rows)] for part, rows in marks.items()}
     student, tokenizer = model.load(folder / "student")
     rule = rule_without_rationales(facts, data["train"], data["test"])
-    accuracy = kp.accuracy(student, tokenizer, data["valid"])["mean"]
+    accuracy = kp.accuracy(student, kp.TokenCache(tokenizer), data["valid"])["mean"]
     return dict(teachers=table, student=accuracy, rule_without_rationales=rule)
 
 
