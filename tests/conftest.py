@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import traceback
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -46,6 +47,28 @@ def world(tmp_path_factory):
 @pytest.fixture(scope="session")
 def teacher_folders(world):
     return [world / "teachers" / name for name in prepare.TEACHERS]
+
+
+def pytest_collection_modifyitems(items):
+    """Put the tests of `beside` last: then they have been running since the start."""
+    items.sort(key=lambda item: item.originalname == "test_that")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def beside(request, tmp_path_factory):
+    """Run the stories of test_faults.py, in processes of their own, beside all other tests. Return
+    {number: what will be its result}.
+    """
+    pending = {}
+    pool = ThreadPoolExecutor(1)
+    for item in request.session.items:
+        if item.originalname == "test_that":
+            number = item.callspec.params["number"]
+            test, *rest = item.module.SLOW[number]
+            world = request.getfixturevalue("world")
+            pending[number] = pool.submit(test, world, tmp_path_factory.mktemp(test.__name__), *rest)
+    yield pending
+    pool.shutdown(cancel_futures=True)
 
 
 def write_lines(path, rows):

@@ -236,8 +236,9 @@ def test_a_close_look_is_at_the_questions_that_the_student_learnt(world, tmp_pat
     assert "url(" not in text.replace("url(#", "") and "@import" not in text
 
 
-def test_the_conflict_meter_tells_agreement_from_conflict(world, teacher_folders, tmp_path, capsys):
+def test_the_conflict_meter_tells_agreement_from_conflict(world, teacher_folders, tmp_path, capsys, monkeypatch):
     """Two teachers with the same texts teach the same: cosine 1. With others they do not."""
+    monkeypatch.setattr(evaluation, "N_PAIRS", 8)
     ids = [json.loads(line)["id"] for line in (world / "train.jsonl").read_text().splitlines()]
     tables = []
     for name, other in (("alike", "it is so"), ("apart", "whatever nurses its young is a mammal")):

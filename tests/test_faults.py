@@ -2,7 +2,7 @@
 
 It starts the commands as a user would.
 
-    python -m pytest tests/test_faults.py                 # a dozen kills
+    python -m pytest tests/test_faults.py                 # nine kills
     python tests/test_faults.py --long                    # the soak: 100 kills
     python tests/test_faults.py --ranks                   # 60 kills of one rank of two
 """
@@ -18,7 +18,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -273,8 +272,8 @@ def a_killed_torchrun_takes_its_ranks_along(world, folder):
 
 
 SLOW = [
-    (kills_at_random_moments_change_nothing, "rl-verified", 7),
-    (kills_at_random_moments_change_nothing, "router", 6),
+    (kills_at_random_moments_change_nothing, "rl-verified", 5),
+    (kills_at_random_moments_change_nothing, "router", 4),
     (a_killed_preparation_of_the_micro_world_goes_on,),
     (a_first_torchrun_makes_the_micro_world,),
     (torchrun_starts_a_killed_rank_again,),
@@ -287,23 +286,9 @@ SLOW = [
 NAMES = ["-".join([test.__name__, *map(str, rest)]) for test, *rest in SLOW]
 
 
-@pytest.fixture(scope="module")
-def results(request, world, tmp_path_factory):
-    """Run those of SLOW that are asked for, two at a time: they mostly wait for a process to start."""
-    pending = {}
-    with ThreadPoolExecutor(2) as pool:
-        for item in request.session.items:
-            if item.originalname == "test_that":
-                number = item.callspec.params["number"]
-                test, *rest = SLOW[number]
-                folder = tmp_path_factory.mktemp(test.__name__)
-                pending[number] = pool.submit(test, world, folder, *rest)
-        yield pending
-
-
 @pytest.mark.parametrize("number", range(len(SLOW)), ids=NAMES)
-def test_that(results, number):
-    results[number].result()
+def test_that(beside, number):
+    beside[number].result()
 
 
 # ------------------------------------------------------------------------------------------ bad files
