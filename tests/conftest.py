@@ -26,7 +26,7 @@ ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}
 
 def make_world(folder):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(prepare, "SIZES", {"train": 24, "valid": 8, "test": 12})
+        patch.setattr(prepare, "SIZES", {"train": 24, "valid": 4, "test": 8})
         patch.setattr(prepare, "OOD_SIZES", prepare.SIZES)
         for name, questions in prepare.make_questions(prepare.read_facts(), seed=1).items():
             write_lines(folder / f"{name}.jsonl", map(asdict, questions))

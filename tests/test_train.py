@@ -276,10 +276,10 @@ def test_a_checkpoint_s_header_does_not_grow_with_the_visits(
             headers.append((length, file.metadata()))
 
     monkeypatch.setattr(train.Run, "save", note_header)
-    how = ["--purifier", "rl-verified", "--steps", "40", "--batch-size", "8", "--eval-every", "10"]
+    how = ["--purifier", "rl-verified", "--steps", "16", "--batch-size", "8", "--eval-every", "4"]
     run(world, teacher_folders, tmp_path, *how)
     lengths = [length for length, _ in headers]
-    assert len(lengths) == 3  # after 80, 160 and 240 visits
+    assert len(lengths) == 3  # after 32, 64 and 96 visits
     assert max(lengths) - min(lengths) <= 64  # some digits
     for _, metadata in headers:
         assert set(metadata) == {"progress", "checksum"}
