@@ -35,6 +35,8 @@ class Purifier:
     `Choice.choose`. The others (rl) override `fit` and `rationales`.
     """
 
+    needs_encoder = False  # True: it is opened before a run begins, so a missing one is told at once
+
     def __init__(self, args, questions, visits, fit_on, teachers, open_lm):
         """Take all that a purifier may look at: training questions, never the test."""
         self.args = args
@@ -46,6 +48,8 @@ class Purifier:
         self.open_lm = open_lm  # path or None -> (LM or sentence encoder, its tokenizer)
         self.embeddings = {}  # {text: (D,)} so far
         self.ledger = Counter()  # tokens that this purifier spends, besides the teachers'
+        if self.needs_encoder:
+            self.encoder
 
     def fit(self):
         """Get ready for all visits. Ask the teachers for what is needed, and only for that."""
@@ -97,9 +101,13 @@ class Purifier:
     def encoder(self):
         """Open the sentence encoder, --encoder, and its tokenizer, when they are first needed."""
         encoder, tokenizer = self.open_lm(self.args.encoder)
-        why = "a decoder-only student is no sentence encoder; give --encoder DIR, a Bert or a T5"
+        why = "a decoder-only model is no sentence encoder; give --encoder DIR, a Bert or a T5"
         model.require(hasattr(encoder, "encode"), why)
         return encoder, tokenizer
+
+    def close_encoder(self):
+        """Free its memory for the student: after `fit` nothing new is embedded."""
+        vars(self).pop("encoder", None)
 
     def embed(self, questions):
         """Return E(q), (N, D) of unit length."""
@@ -211,14 +219,18 @@ PROBE = "Which of these conducts electricity?"
 class Routing(Choice):
     """A router, fitted on the teachers' scores of training questions (--fit-questions of them), or
     taken from another run (--router), which needs nobody's scores here.
+
+    Kept is what it was fitted on: fitting it again takes seconds and gives the same router. The
+    embedding of PROBE shows later whether the encoder is still the same.
     """
+
+    needs_encoder = True
 
     def router(self):
         """Return a new router."""
 
     def choose(self, questions):
         model.require(len(self.teachers) > 1, "a router needs two teachers or more; give --teachers")
-        self.encoder  # a missing one is told before teachers are asked
         if self.args.router:
             self.fitted_on = self.take_over(Path(self.args.router) / "router.safetensors")
         else:
@@ -227,16 +239,14 @@ class Routing(Choice):
             self.tune(fit, scores)
             self.fitted_on = dict(embeddings=self.embed(fit), scores=scores)
         router = self.router().fit(**self.fitted_on)
+        self.to_keep = {**self.fitted_on, "probe": self.embed_texts([PROBE])}
         return router.route(self.embed(questions))
 
     def tune(self, questions, scores):
         """Train the encoder too, where a method does that."""
 
     def kept(self):
-        """Return what the router is fitted on: fitting it again takes seconds and gives the same
-        router. The embedding of PROBE shows later whether the encoder is still the same.
-        """
-        return {**self.fitted_on, "probe": self.embed_texts([PROBE])}
+        return self.to_keep
 
     def take_over(self, file):
         """Return what another run's router was fitted on."""
@@ -310,9 +320,11 @@ class ClassifierRouting(Routing):
             optimizer.step()
             optimizer.zero_grad()
 
-    def kept(self):
+    def choose(self, questions):
+        probabilities = super().choose(questions)
         encoder, _ = self.encoder
-        return {**super().kept(), **model.state_of(encoder=encoder)}
+        self.to_keep |= model.state_of(encoder=encoder.cpu())
+        return probabilities
 
 
 # -------------------------------------------------------------------------------------- aggregation
@@ -425,6 +437,7 @@ class Reinforced(Purifier):
     importance ratio pi_now / pi_then, at most 2, corrects for that.
     """
 
+    needs_encoder = True
     AHEAD = 10  # steps whose draws are made at once
     REPLAYS = 4  # of the last MEMORY steps
     MEMORY = 250

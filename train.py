@@ -86,7 +86,7 @@ ARGUMENTS = {
         ("weight-decay", weight, 0.1, "AdamW's weight decay"),
         ("warmup", natural, 50, "steps of linear warm-up, then cosine decay to zero"),
         ("clip", weight, 1.0, "largest norm of the gradient"),
-        ("explain", positive, None, "questions of valid and test to explain (default: 100; micro world: all)"),
+        ("explain", positive, None, "valid and test questions to explain (default: 100; micro world: all)"),
         ("eval-every", positive, 500, "steps between evaluations on valid, and checkpoints"),
         ("device", str, None, "cpu or cuda (default: cuda if there is one)"),
         ("dtype", str, None, "float32 or bfloat16 (default: bfloat16 on cuda)"),
@@ -156,21 +156,21 @@ def train(args):
     seconds = Stopwatch()
     with seconds("set up"):
         data, teachers, student, token_cache, open_lm = open_parts(args, ranks)
-        run = Run(args, ranks, seconds)
-        if run.result.exists():
-            return model.read_json(run.result) if ranks.rank == 0 else None
         questions, valid = training_questions(args, data)
         prefixes = kp.explain_prefixes(len(teachers) if args.teacher_prefixes else 0)
         visits = draw_visits(questions, token_cache, args, ranks.count)
-        optimizer = torch.optim.AdamW(
-            student.parameters(), betas=(0.9, 0.98), weight_decay=args.weight_decay, fused=True
-        )
+        make = purify.PURIFIERS[args.purifier]
+        purifier = make(args, questions, visits, data["train"], teachers, open_lm)
+        run = Run(args, ranks, seconds)
+        if run.result.exists():
+            return model.read_json(run.result) if ranks.rank == 0 else None
+        settings = dict(betas=(0.9, 0.98), weight_decay=args.weight_decay, fused=True)
+        optimizer = torch.optim.AdamW(student.parameters(), **settings)
 
     # Fit the purifier. Most purifiers ask the teachers here, and only for what they need.
     with seconds("purify"):
-        make = purify.PURIFIERS[args.purifier]
-        purifier = make(args, questions, visits, data["train"], teachers, open_lm)
         purifier.fit()
+        purifier.close_encoder()
 
     # Train on the dual loss.
     net = ranks.wrap(student, args)  # what the loss calls; `student` is what is saved and measured
@@ -285,10 +285,6 @@ def open_parts(args, ranks):
         t5s = [teacher.folder for teacher in teachers.teachers if teacher.kind == "t5"]
     else:
         t5s = [folder / "teachers" / "t5"]
-    if args.encoder:
-        encoder, _ = open_lm(args.encoder)
-        why = f"--encoder {args.encoder}: not an encoder; take a Bert or a T5"
-        require(hasattr(encoder, "encode"), why)
     return data, teachers, student, token_cache, open_lm
 
 

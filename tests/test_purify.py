@@ -414,6 +414,11 @@ def test_classifier_targets():
 # ---- REINFORCE
 
 
+def open_nothing(path):
+    """An encoder that is never asked: the tests say what a text's embedding is."""
+    return SimpleNamespace(encode=None), None
+
+
 class Bandit:
     """Teachers of questions in 8 clusters: c % 4 is right on 95 % of cluster c, the others on 25 %."""
 
@@ -440,8 +445,8 @@ class Bandit:
 
     def policy(self, seed=0):
         """Return the purifier under test, fitted: it embeds a question as the bandit does."""
-        args = SimpleNamespace(seed=seed)
-        policy = VerifiedReinforced(args, self.questions, self.visits, self.questions, self, open_lm=None)
+        args = SimpleNamespace(seed=seed, encoder=None)
+        policy = VerifiedReinforced(args, self.questions, self.visits, self.questions, self, open_nothing)
         policy.embed = lambda questions: self.vectors[[int(q.id) for q in questions]]
         policy.fit()
         return policy
@@ -641,7 +646,8 @@ def test_no_purified_text_was_taught_to_its_writer(monkeypatch):
 def test_the_published_rl_draws_by_its_sigmoids_and_sees_only_right_rationales():
     questions = [kp.Question(str(i), "t", f"question {i}?", ("yes", "no"), 0) for i in range(4)]
     visits = [[0, 1, 2, 3]] * 3
-    made = Reinforced(SimpleNamespace(seed=0), questions, visits, questions, Sayings(), None)
+    args = SimpleNamespace(seed=0, encoder=None)
+    made = Reinforced(args, questions, visits, questions, Sayings(), open_nothing)
     made.embed_texts = lambda texts: torch.tensor([[float(len(text)), 1.0] for text in texts])
     made.fit()
     state = made.states[2]  # (M, 2 D)

@@ -5,6 +5,7 @@ import random
 import shutil
 import subprocess
 import sys
+import weakref
 from collections import Counter
 from types import SimpleNamespace
 
@@ -590,6 +591,35 @@ def test_a_decoder_only_student_needs_an_encoder_beside_it(world, teacher_folder
     given = purifier(teacher_folders[1:], "--encoder", str(teacher_folders[0]))
     assert len(given.embed(questions)) == len(questions)
     assert given.open_lm(None)[0].config["model_type"] == "llama"
+
+
+@pytest.mark.parametrize("purifier", ["router", "rl"])
+def test_a_missing_encoder_is_told_before_the_run_begins(world, teacher_folders, tmp_path, purifier):
+    how = ["--purifier", purifier, "--encoder", str(teacher_folders[1])]  # a Llama
+    with pytest.raises(model.BadInput, match="no sentence encoder; give --encoder DIR"):
+        run(world, teacher_folders, tmp_path, *how)
+    assert not (tmp_path / "run").exists() and not (tmp_path / "cache").exists()
+
+
+@pytest.mark.parametrize("purifier", ["router", "classifier", "rl"])
+def test_the_encoder_leaves_memory_before_the_student_trains(world, teacher_folders, tmp_path, purifier, monkeypatch):
+    opened = []
+    there = []
+    pool = model.pool
+    dual_loss = kp.dual_loss
+
+    def note_encoder(encoder, *rest):
+        opened.append(weakref.ref(encoder))
+        return pool(encoder, *rest)
+
+    def look(*arguments):
+        there.extend(encoder() is not None for encoder in opened)
+        return dual_loss(*arguments)
+
+    monkeypatch.setattr(model, "pool", note_encoder)
+    monkeypatch.setattr(kp, "dual_loss", look)
+    run(world, teacher_folders, tmp_path, "--purifier", purifier, "--steps", "1")
+    assert there and not any(there)
 
 
 def test_eval_of_nothing_ends_with_one_line(tmp_path):
