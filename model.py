@@ -537,8 +537,8 @@ class Llama(Model):
         c.num_key_value_heads = c.num_key_value_heads or c.num_attention_heads
         c.head_dim = c.head_dim or c.hidden_size // c.num_attention_heads
         require(c.head_dim % 2 == 0, f"head_dim must be even, not {c.head_dim}")
-        share = c.num_attention_heads % c.num_key_value_heads == 0
-        require(share, "num_key_value_heads must divide num_attention_heads")
+        divides = c.num_attention_heads % c.num_key_value_heads == 0
+        require(divides, "num_key_value_heads must divide num_attention_heads")
         require(c.hidden_act == "silu", f"hidden_act must be 'silu', not {c.hidden_act!r}")
         if c.model_type in ("qwen2", "qwen3"):  # their configs hold a window that they do not use
             require(not config.get("use_sliding_window"), "use_sliding_window must be false")

@@ -134,6 +134,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
+from threading import Lock
 
 import torch
 import torch.distributed as dist
@@ -302,9 +303,12 @@ def open_teachers(args, folder, data, open_another, ranks):
     needed = ["train", "ood/train"] if args.ood else ["train"]
     judge = kp.Judge(lambda: open_another(args.scorer))
 
+    reading = Lock()  # one file of texts at a time: in turns threads would only slow each other down
+
     def open_one(path):
         if path.suffix == ".jsonl":
-            texts, scores = read_rationales(path, data, needed, args.max_new_tokens)
+            with reading:
+                texts, scores = read_rationales(path, data, needed, args.max_new_tokens)
             return kp.TextTeacher(path.stem, texts, scores, judge)
         return kp.CheckpointTeacher(path, args.cache, asking(args), data["train"], ranks)
 
