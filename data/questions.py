@@ -158,7 +158,7 @@ def train_tokenizer(questions, vocab_size=4096):
         initial_alphabet=ByteLevel.alphabet(),
         show_progress=False,
     )
-    some = questions[:: 1 + len(questions) // 100_000]  # more texts take a minute, and teach the same
+    some = questions[:: 1 + len(questions) // 100_000]  # of a million it takes a minute, to the same effect
     tokenizer.train_from_iterator(map(explain_prompt, some), trainer)
     tokenizer.post_processor = TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
     return tokenizer
