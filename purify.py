@@ -35,7 +35,7 @@ class Purifier:
     `Choice.choose`. The others (rl) override `fit` and `rationales`.
     """
 
-    needs_encoder = False  # True: it is opened before a run begins, so a missing one is told at once
+    needs_encoder = False
 
     def __init__(self, args, questions, visits, fit_on, teachers, open_lm):
         """Take all that a purifier may look at: training questions, never the test."""
@@ -48,8 +48,6 @@ class Purifier:
         self.open_lm = open_lm  # path or None -> (LM or sentence encoder, its tokenizer)
         self.embeddings = {}  # {text: (D,)} so far
         self.ledger = Counter()  # tokens that this purifier spends, besides the teachers'
-        if self.needs_encoder:
-            self.encoder
 
     def fit(self):
         """Get ready for all visits. Ask the teachers for what is needed, and only for that."""
@@ -102,8 +100,13 @@ class Purifier:
         """Open the sentence encoder, --encoder, and its tokenizer, when they are first needed."""
         encoder, tokenizer = self.open_lm(self.args.encoder)
         why = "a decoder-only model is no sentence encoder; give --encoder DIR, a Bert or a T5"
-        model.require(hasattr(encoder, "encode"), why)
+        model.require(hasattr(encoder, "encode"), f"{encoder.folder}: {why}")
         return encoder, tokenizer
+
+    def open_encoder(self):
+        """Open it where it is needed or given: before a run begins, so a bad one is told at once."""
+        if self.needs_encoder or self.args.encoder:
+            self.encoder
 
     def close_encoder(self):
         """Free its memory for the student: after `fit` nothing new is embedded."""

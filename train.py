@@ -160,13 +160,13 @@ def train(args):
         questions, valid = training_questions(args, data)
         prefixes = kp.explain_prefixes(len(teachers) if args.teacher_prefixes else 0)
         visits = draw_visits(questions, token_cache, args, ranks.count)
-        make = purify.PURIFIERS[args.purifier]
-        purifier = make(args, questions, visits, data["train"], teachers, open_lm)
+        purifier = purify.PURIFIERS[args.purifier](args, questions, visits, data["train"], teachers, open_lm)
+        purifier.open_encoder()
         run = Run(args, ranks, seconds)
         if run.result.exists():
             return model.read_json(run.result) if ranks.rank == 0 else None
-        settings = dict(betas=(0.9, 0.98), weight_decay=args.weight_decay, fused=True)
-        optimizer = torch.optim.AdamW(student.parameters(), **settings)
+        how = dict(betas=(0.9, 0.98), weight_decay=args.weight_decay, fused=True)
+        optimizer = torch.optim.AdamW(student.parameters(), **how)
 
     # Fit the purifier. Most purifiers ask the teachers here, and only for what they need.
     with seconds("purify"):

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import make_world, read_lines, write_lines
+from conftest import make_world, write_lines
 from safetensors.torch import save_file
 
 import kp

@@ -409,14 +409,13 @@ def test_classifier_targets():
     assert torch.allclose(best_teacher(s), hard)
     soft = torch.stack([torch.exp(row / 0.5) / torch.exp(row / 0.5).sum() for row in s])
     assert torch.allclose(ClassifierRouter(temperature=0.5).target(s), soft)
+    x, s = clusters(1000)
+    router = quick(ClassifierRouter).fit(x[:700], s[:700])
+    assert isinstance(router.head, torch.nn.Module)
+    assert routed(router.route(x[700:]), s[700:]) >= 0.95 * s[700:].amax(dim=1).mean()
 
 
 # ---- REINFORCE
-
-
-def open_nothing(path):
-    """An encoder that is never asked: the tests say what a text's embedding is."""
-    return SimpleNamespace(encode=None), None
 
 
 class Bandit:
@@ -445,8 +444,8 @@ class Bandit:
 
     def policy(self, seed=0):
         """Return the purifier under test, fitted: it embeds a question as the bandit does."""
-        args = SimpleNamespace(seed=seed, encoder=None)
-        policy = VerifiedReinforced(args, self.questions, self.visits, self.questions, self, open_nothing)
+        args = SimpleNamespace(seed=seed)
+        policy = VerifiedReinforced(args, self.questions, self.visits, self.questions, self, open_lm=None)
         policy.embed = lambda questions: self.vectors[[int(q.id) for q in questions]]
         policy.fit()
         return policy
@@ -646,8 +645,7 @@ def test_no_purified_text_was_taught_to_its_writer(monkeypatch):
 def test_the_published_rl_draws_by_its_sigmoids_and_sees_only_right_rationales():
     questions = [kp.Question(str(i), "t", f"question {i}?", ("yes", "no"), 0) for i in range(4)]
     visits = [[0, 1, 2, 3]] * 3
-    args = SimpleNamespace(seed=0, encoder=None)
-    made = Reinforced(args, questions, visits, questions, Sayings(), open_nothing)
+    made = Reinforced(SimpleNamespace(seed=0), questions, visits, questions, Sayings(), None)
     made.embed_texts = lambda texts: torch.tensor([[float(len(text)), 1.0] for text in texts])
     made.fit()
     state = made.states[2]  # (M, 2 D)

@@ -236,6 +236,7 @@ def test_seconds_of_training_hold_no_teacher_s_work(as_micro_world, tmp_path, mo
     assert slept["write"] > 0 and "score" not in slept
     assert result["seconds"]["train"] == result["seconds"]["evaluate"] == 0
     assert result["seconds"]["purify"] == slept["write"]
+    assert "score_read" not in result["ledger"]
     assert result["teachers"] == list(TEACHERS)
 
 
@@ -593,7 +594,7 @@ def test_a_decoder_only_student_needs_an_encoder_beside_it(world, teacher_folder
     assert given.open_lm(None)[0].config["model_type"] == "llama"
 
 
-@pytest.mark.parametrize("purifier", ["router", "rl"])
+@pytest.mark.parametrize("purifier", ["router", "rl", "none"])  # none: it is not needed, but given
 def test_a_missing_encoder_is_told_before_the_run_begins(world, teacher_folders, tmp_path, purifier):
     how = ["--purifier", purifier, "--encoder", str(teacher_folders[1])]  # a Llama
     with pytest.raises(model.BadInput, match="no sentence encoder; give --encoder DIR"):
