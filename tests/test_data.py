@@ -6,8 +6,11 @@ import os
 import random
 import re
 import signal
+import subprocess
+import sys
 import time
 from collections import Counter, defaultdict
+from pathlib import Path
 from threading import Thread
 
 import pytest
@@ -16,6 +19,7 @@ import kp
 import model
 from data.micro import prepare
 
+REPO = Path(__file__).parent.parent
 FACTS = prepare.read_facts()
 
 
@@ -223,7 +227,7 @@ def test_the_making_of_a_world_that_is_stopped_ends_at_once(who, tmp_path):
     """A worker killed (for want of memory), or Ctrl-C: no process stays, and nothing waits for it."""
 
     def stop():
-        while not multiprocessing.active_children():
+        while not multiprocessing.active_children() or signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
             time.sleep(0.01)
         if who == "a worker":
             multiprocessing.active_children()[0].kill()
@@ -235,3 +239,14 @@ def test_the_making_of_a_world_that_is_stopped_ends_at_once(who, tmp_path):
     with pytest.raises(expected, match="a process was killed" if who == "a worker" else None):
         prepare.train_models(tmp_path, 0, False)
     assert not multiprocessing.active_children()
+
+
+def test_the_workers_that_make_a_world_end_when_their_parent_is_killed(tmp_path):
+    making = "import pathlib, sys; from data.micro import prepare; "
+    making += "prepare.train_models(pathlib.Path(sys.argv[1]), 0, False)"
+    command = [sys.executable, "-c", making, tmp_path]
+    parent = subprocess.Popen(command, cwd=REPO, stderr=subprocess.PIPE, text=True)
+    parent.stderr.read(1)  # its progress bar
+    time.sleep(3)  # now the workers start, or train
+    parent.kill()
+    parent.communicate(timeout=60)  # which waits until nobody holds the pipe, workers included

@@ -43,6 +43,7 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, replace
 from pathlib import Path
 from statistics import fmean
+from threading import Thread
 from typing import NamedTuple
 
 import torch
@@ -538,6 +539,16 @@ def make_models(steps, folder, seed, well_read, steps_done):
             train_teacher(name, folder / "teachers", seed, reading, n, steps_done)
 
 
+def end_with_parent():
+    """In a worker: wait in a thread for the parent's end, even by kill -9, and end then."""
+
+    def wait_and_end():
+        mp.parent_process().join()
+        os._exit(1)
+
+    Thread(target=wait_and_end, daemon=True).start()
+
+
 def train_models(folder, seed, well_read):
     """Train student and teachers where they are missing, as many at a time as there are cores."""
     jobs = []
@@ -551,16 +562,15 @@ def train_models(folder, seed, well_read):
             missing[name] = steps * LONGER if well_read else steps
         total += sum(missing.values())
         jobs.append((missing, folder, seed, well_read, steps_done[i]))
-    pool = ProcessPoolExecutor(
-        min(len(TEACHERS), os.cpu_count()),
-        mp.get_context("spawn"),
-        signal.signal,  # they ignore Ctrl-C: this process hears it, and ends them
-        (signal.SIGINT, signal.SIG_IGN),
-    )
+    workers = min(len(TEACHERS), os.cpu_count())
+    pool = ProcessPoolExecutor(workers, mp.get_context("spawn"), end_with_parent)
     bar = tqdm(total=total, desc="student practises, teachers read", unit="step")
     with bar, pool:
         try:
+            # workers inherit that Ctrl-C is ignored: this process hears it again, and ends them
+            on_ctrl_c = signal.signal(signal.SIGINT, signal.SIG_IGN)
             pending = [pool.submit(make_models, *job) for job in jobs]
+            signal.signal(signal.SIGINT, on_ctrl_c)
             ready = []
             while len(ready) < len(jobs):
                 ready, _ = wait(pending, 0.5)  # seconds
