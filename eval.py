@@ -13,8 +13,8 @@
     python eval.py --from out/table.json --plot table.svg --over tokens      # printed again, and drawn
 
 A table starts train.py as a user would, once for each row and seed, and keeps what is done. It
-writes out/NAME.json, which holds all that it tells and draws, and out/NAME.md. Rows are compared
-seed by seed, with the 95 % interval of the mean difference.
+writes out/NAME.json, which holds all that it tells and draws, and out/NAME.md. --compare and --table
+also compare rows seed by seed, with the 95 % interval of the mean difference.
 
 The file reads top to bottom: one student, many runs, a table's file, its words, its
 picture, a run's page.
@@ -352,6 +352,10 @@ def train_all(args):
                 commands[folder] = [*command, "--resume" if same else "--overwrite"]
             if not asked.data:
                 needed.add((asked.world, asked.well_read, asked.student))
+    n_kept = len(folders) - len(commands)
+    if n_kept:
+        why = "where code or world have changed, give another --out"
+        print(f"{n_kept} of {len(folders)} runs are there already; {why}", file=sys.stderr)
     for world, well_read, student in needed:  # once, not in every run
         folder = prepare.prepare(world, well_read)
         if student in students.STUDENTS:
@@ -376,8 +380,8 @@ def is_run_of(folder, asked):
     """Tell whether this folder holds a run with just these arguments."""
     config = folder / "config.json"
     before = model.read_json(config) if config.exists() else {}
-    settings = {name: before.get(name, value) for name, value in vars(asked).items()}
-    return bool(before) and settings == vars(asked)
+    same = [before.get(name, value) == value for name, value in vars(asked).items()]
+    return bool(before) and all(same)
 
 
 def start(command, jobs):

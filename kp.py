@@ -75,7 +75,7 @@ def explain_prompt(q, prefix="explain"):
 
 
 def explain_prefixes(n_teachers):
-    """Return the prefix of each teacher's rationales, as TinyLLM publishes it. Of 0: one for all."""
+    """Return the prefix of each teacher's rationales, as TinyLLM publishes it; of 0 one for all."""
     if n_teachers == 0:
         return ["explain"]
     return [f"explain {m}" for m in range(1, n_teachers + 1)]
@@ -128,7 +128,7 @@ Cutting Knowledge Date: December 2023
 Today Date: 26 Jul 2024
 
 <|eot_id|>"""  # the template's default date
-CHAT_FORMATS = {  # {a mark that only this family's templates hold: what they render}; the first that fits
+CHAT_FORMATS = {  # {a mark in a template: what that template renders}; the first mark found counts
     "Cutting Knowledge Date": LLAMA_31_SYSTEM + LLAMA_3,
     "<|start_header_id|>": LLAMA_3,
     "enable_thinking": CHATML + "<think>\n\n</think>\n\n",
@@ -185,21 +185,23 @@ EDGE = " \n:.\"'"  # what may stand around a conclusion
 
 
 def conclusion(rationale, choices):
-    """Return the index of the choice that a rationale concludes on ("... the answer is X"), or
-    None.
+    """Return the index of the choice that a rationale concludes on ("... the answer is X", the
+    last time that it says so), or None.
 
     X is the text of a choice, perhaps with an article, or its letter as "(b)" or "b". Words are
     whole, so "not clear" is no "no". Where several choices fit, the longest one counts. It does not
     understand marks of Markdown, "B. text" or "option (b)".
     """
     _, cue, tail = rationale.lower().rpartition("answer is")
+    if not cue:
+        return None
     tail = tail.strip(EDGE)
     named = []
     for i, choice in enumerate(choices):
         choice = choice.lower()
         text = re.escape(choice.strip(EDGE) or choice)
         letter = LETTERS[i]
-        if cue and re.match(rf"(an? |the )?({text}|\({letter}\)|{letter}\W*$)(?!\w)", tail):
+        if re.match(rf"(an? |the )?({text}|\({letter}\)|{letter}\W*$)(?!\w)", tail):
             named.append(i)
     return max(named, key=lambda i: len(choices[i]), default=None)
 
@@ -214,6 +216,7 @@ def is_right(rationale, q):
 WRITERS = ("t5", "llama", "mistral", "qwen2", "qwen3")  # model_types that can learn and teach
 MAX_LENGTH = 512  # tokens of a student's prompt, and of a target
 NO_LIMIT = 10**9
+BATCH_TOKENS = 2**14  # that a model which writes holds at once: this bounds the memory of its cache
 
 
 class TokenCache:
@@ -293,7 +296,7 @@ class DualLoss(NamedTuple):
     answer: torch.Tensor  # (B,) L_PR of each question, detached
     rationale: torch.Tensor  # (R,) L_DL of each rationale, detached
     tokens: int  # read and predicted
-    padded: int  # the same with padding
+    padded: int  # the same with padding, prompts and texts apart
 
 
 def join(losses):
@@ -422,7 +425,7 @@ def choice_logps(lm, token_cache, prompts, choices, batch_size=64):
         logps = []
         for i in range(max(map(len, batch))):
             # A question with fewer choices reads one again, which does not count.
-            tokens, is_token = model.pad([ids[i % len(ids)] for ids in batch])  # (B, T)
+            tokens, is_token = model.pad([of_q[i % len(of_q)] for of_q in batch])  # (B, T)
             tokens = tokens.to(device)
             logits = first[:, None]  # of each choice's first token: the prompt alone decides
             if tokens.shape[1] > 1:
@@ -444,7 +447,7 @@ def weigh_choices(sums, lengths, per_token):
     return [s / n for s, n in zip(sums, lengths)] if per_token else sums
 
 
-def write(lm, tokenizer, prompts, max_new_tokens, batch_tokens=math.inf):
+def write(lm, tokenizer, prompts, max_new_tokens, batch_tokens=BATCH_TOKENS):
     """Return what the LM writes, greedily, for N prompts (lists of ids): N pairs of (text, its
     tokens). batch_tokens: how many tokens it holds at once, prompts and what it writes.
     """
@@ -479,18 +482,20 @@ def accuracy(student, token_cache, questions, per_token=False):
     return by_task(questions, [pick == q.answer for q, pick in zip(questions, picks)])
 
 
-def say(student, token_cache, prompts, max_new_tokens):
+def say(student, token_cache, prompts, max_new_tokens, batch_tokens=BATCH_TOKENS):
     """Return what the student writes for N prompts, given as texts: N texts."""
     student.eval()
     ids = token_cache.prompts(prompts)
-    written = write(student, token_cache.tokenizer, ids, max_new_tokens)
+    written = write(student, token_cache.tokenizer, ids, max_new_tokens, batch_tokens)
     return [text for text, _ in written]
 
 
-def explanations(student, token_cache, questions, max_new_tokens, prefix="explain"):
+def explanations(
+    student, token_cache, questions, max_new_tokens, prefix="explain", batch_tokens=BATCH_TOKENS
+):
     """Return the student's own rationale of each question."""
     prompts = [explain_prompt(q, prefix) for q in questions]
-    return say(student, token_cache, prompts, max_new_tokens)
+    return say(student, token_cache, prompts, max_new_tokens, batch_tokens)
 
 
 def exact_match(student, token_cache, questions, max_new_tokens=64):
@@ -523,9 +528,9 @@ def by_task(questions, marks):
 class Teachers:
     """M teachers: their scores and their rationales.
 
-    A score is the probability that a teacher, asked plainly, gives to the right choice; nothing
-    is generated for it. A rationale is expensive, so it is written only when a purifier asks for
-    it.
+    A score is the probability that a teacher, asked plainly, gives to the right choice (of ready
+    texts it is the judge's); nothing is generated for it. A rationale is expensive, so it is
+    written only when a purifier asks for it.
     """
 
     def __init__(self, teachers, open_another=None):
@@ -588,7 +593,7 @@ class Asking:
     max_new_tokens: int = 64
     tell_answer: bool = False  # TinyLLM's teacher forcing; without it a conclusion can be checked
     per_token: bool = False  # choices are compared by log-probability per token
-    batch_tokens: int = 2**14  # held at once: this bounds the memory of the cache
+    batch_tokens: int = BATCH_TOKENS
     seed: int = 0  # draws the examples
 
 
@@ -600,9 +605,10 @@ class CheckpointTeacher:
     """A teacher that is a checkpoint folder. What it says is kept, and paid for once.
 
     The cache is an append-only JSONL file in a folder named by the fingerprint of the weights. A
-    line's key hashes the prompt and the choices (or the longest length), so a changed question is
-    asked again. The key leaves out the dtype, so a CPU can reuse what a GPU computed. Under torchrun each
-    rank computes its share of what is missing, and reads the others' share from the cache.
+    line's key hashes the prompt and the choices (of a rationale: its longest length), so a changed
+    question is asked again. The key leaves out the dtype, so a CPU can reuse what a GPU computed.
+    Under torchrun each rank computes its share of what is missing, and reads the others' share from
+    the cache.
     """
 
     def __init__(self, folder, cache, asking=Asking(), examples=(), ranks=ONE_PROCESS):
@@ -738,7 +744,7 @@ class CheckpointTeacher:
         """
         keys = list(missing)
         prompts, choices = zip(*missing.values())
-        ids = model.encode(self.tokenizer, prompts)
+        ids = model.token_ids(self.tokenizer, prompts)
         room = self.asking.max_new_tokens  # for a rationale; a choice is shorter
         batches = model.by_length(ids, 128, self.asking.batch_tokens, lambda ids: len(ids) + room)
         for rows in progress(batches, f"{self.name}: {kind}"):

@@ -1,6 +1,6 @@
 """Transformers from scratch: T5, Llama (also Mistral, Qwen2, Qwen3) and BERT, in plain PyTorch.
 
-Knowledge purification needs decoder-only and encoder-decoder teachers, an encoder-decoder student,
+Knowledge purification needs teachers and students of both kinds, decoder-only and encoder-decoder,
 and a sentence encoder for the routers. Modules have the names that they have in Hugging Face
 checkpoints, so a state dict loads as it is. In this order: what the models share, with greedy
 generation; T5, Llama, Bert; batches and the key-value cache; sentence vectors; `load` and `save`;
@@ -48,7 +48,8 @@ ACTIVATIONS = {
 
 
 class Model(nn.Module):
-    """What T5, Llama and Bert share: generation, and settings (config.json's override DEFAULTS).
+    """What T5, Llama and Bert share: settings (config.json's override DEFAULTS), and generation,
+    which a Bert cannot do.
 
     With lm.recompute = True a T5 or Llama trains in less memory and more time: see `Cache.run`.
     """
@@ -738,20 +739,19 @@ class Cache:
     def run(self, block, i, *inputs):
         """Return what block i makes of its inputs, and of the keys and values that are kept.
 
-        In training nothing is kept. Then the block is compiled where train.py says so. With
+        In training nothing is kept, and the block runs compiled where train.py compiled it. With
         `recompute` autograd keeps the inputs alone, and its backward pass runs the block again
         (gradient checkpointing, arXiv 1604.06174).
         """
-        if self.room > 0 or not torch.is_grad_enabled():
-            return block.forward(*inputs, functools.partial(self.append, i))
+        append = functools.partial(self.append, i) if self.room > 0 else None
+        if append or not torch.is_grad_enabled():  # `forward` itself is never compiled
+            return block.forward(*inputs, append)
         if self.recompute:
             return checkpoint(block, *inputs, use_reentrant=False)
         return block(*inputs)
 
     def append(self, layer, k, v):
         """k, v (B, H, T, Dh) of the next T tokens -> all keys and values of this layer so far."""
-        if self.room == 0:
-            return k, v
         new = torch.stack((k, v))
         end = self.length + new.shape[3]
         if layer == len(self.kept):
@@ -785,7 +785,7 @@ def pool(encoder, input_ids, attention_mask):
 def embed(encoder, tokenizer, texts, batch_size=64):
     """N texts -> (N, D) float32 on the CPU, from `pool`. A text too long loses its beginning."""
     limit = encoder.config.get("max_position_embeddings", 512)
-    ids = encode(tokenizer, texts)
+    ids = token_ids(tokenizer, texts)
     if max(map(len, ids), default=0) > limit:
         say_once(f"the encoder reads {limit} tokens at most; longer texts lose their beginning")
     table = next(encoder.parameters())  # the embeddings of the tokens, (V, D)
@@ -820,7 +820,7 @@ def device_of(lm):
     return next(lm.parameters()).device
 
 
-def encode(tokenizer, texts):
+def token_ids(tokenizer, texts):
     """Return the token ids of each text, with the tokenizer's start and end tokens.
 
     Take a thousand texts at a time, on all cores, and keep only the ids of each encoding.

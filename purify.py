@@ -1,5 +1,5 @@
-"""Knowledge purification: M teachers' rationales in, one out. Five ways, and the controls they
-are measured against.
+"""Knowledge purification: M teachers' rationales in, one out. The paper's five ways, one of ours
+(rl-verified), and the controls they are measured against.
 
 In this order: the interface; the controls; the purifiers that choose one teacher for each
 question; aggregation; reinforcement learning; and last the three routers' mathematics, each
@@ -85,7 +85,7 @@ class Purifier:
         """Restore the tensors of `state`, after `fit` and before this step."""
 
     def kept(self):
-        """Return the tensors with which another run can purify as this one, for --router."""
+        """Return the tensors with which another run can purify as this one does (--router)."""
         return {}
 
     def questions_to_fit_on(self, default=None):
@@ -104,7 +104,7 @@ class Purifier:
         return encoder, tokenizer
 
     def open_encoder(self):
-        """Open it where it is needed or given: before a run begins, so a bad one is told at once."""
+        """Open it if it is needed or given: before a run begins, so that a bad one is told at once."""
         if self.needs_encoder or self.args.encoder:
             self.encoder
 
@@ -223,7 +223,7 @@ class Routing(Choice):
     """A router, fitted on the teachers' scores of training questions (--fit-questions of them), or
     taken from another run (--router), which needs nobody's scores here.
 
-    Kept is what it was fitted on: fitting it again takes seconds and gives the same router. The
+    What is kept is what it was fitted on: fitting it again takes seconds and gives the same router. The
     embedding of PROBE shows later whether the encoder is still the same.
     """
 
@@ -231,6 +231,7 @@ class Routing(Choice):
 
     def router(self):
         """Return a new router."""
+        raise NotImplementedError
 
     def choose(self, questions):
         model.require(len(self.teachers) > 1, "a router needs two teachers or more; give --teachers")
@@ -306,7 +307,7 @@ class ClassifierRouting(Routing):
         encoder, tokenizer = self.encoder
         encoder.float()  # small updates are lost in bfloat16
         router = self.router().fit(self.embed(questions), scores)
-        self.embeddings.clear()  # they are of the encoder before
+        self.embeddings.clear()  # they are of the untuned encoder
         room = encoder.config.get("max_position_embeddings", kp.MAX_LENGTH)
         ids = kp.TokenCache(tokenizer, room).prompts(map(kp.with_choices, questions))
         targets = router.target(scores)
@@ -338,10 +339,10 @@ class Aggregation(Purifier):
     .. r_M), greedy.
 
     The paper asks GPT-4. Here it is --aggregator DIR, an instruction-tuned LM. The micro world's
-    T5 is not one: --tune-aggregator steps teach it, on --fit-questions of the training questions
-    (by default 2,000 at most), to write the rationale of the teacher who scores highest. Each half
-    of them teaches one aggregator, and the other aggregator writes for that half: no aggregator
-    writes for a question that it was trained on.
+    T5 is not one, so it is trained for --tune-aggregator steps, on --fit-questions of the training
+    questions (by default 2,000 at most), to write what the highest-scoring teacher wrote. Each half
+    of them trains one aggregator. The second writes for the first one's half, and the first for all
+    other questions: none writes for a question that it was trained on.
     """
 
     BATCH = 16
@@ -370,7 +371,7 @@ class Aggregation(Purifier):
         return [[purified[q]] for q in questions]
 
     def ask(self, questions):
-        """Return [r_P] of each question. The LM is asked as a teacher is: its cache keeps them."""
+        """Return [r_P] of each question. The LM is asked as a teacher is, and its answers are cached."""
         writer = self.teachers.open_another(self.args.aggregator)
         said = self.teachers.all_rationales(questions)
         prompts = [writer.frame(text) for text in map(kp.aggregation_prompt, questions, said)]
@@ -629,7 +630,7 @@ class SimilarityRouter(Router):
             s_j = cos(f(q), f(q_j)) / tau
             "+": the questions of the batch in the same k-means cluster, "-": all others
 
-    Differences from the paper and its code: f is a two-layer MLP on a frozen encoder, instead of
+    Differences from RouterDC's paper and code: f is a two-layer MLP on a frozen encoder, instead of
     the encoder itself; k-means runs on the embeddings, without t-SNE; K = 1 and lam = 0.1 instead
     of 3 and 1 (better on held-out questions); tau = 0.3 instead of 1; "-" are all other teachers,
     not only the 3 lowest of those that score at most 0.5; question_loss takes the whole batch, not
@@ -649,7 +650,7 @@ class SimilarityRouter(Router):
     seed: int = 0
 
     def learn(self, q, scores):
-        """Train f (`project`) and k (`teachers`), then choose the tau of `predict`."""
+        """Train f (`project`) and k (`keys`), then choose the tau of `predict`."""
         generator = torch.Generator().manual_seed(self.seed)
         cluster = self.kmeans(q, generator)  # (N,)
 
@@ -658,7 +659,7 @@ class SimilarityRouter(Router):
         # d = M + 1 dimensions are enough: of f(q), only the part in the span of k moves the argmax.
         c = scores.mean(0) - scores.mean()  # (M,)
         M = len(c)
-        self.teachers = nn.Parameter(torch.cat((c[:, None], torch.eye(M)), 1))  # k, (M, d)
+        self.keys = nn.Parameter(torch.cat((c[:, None], torch.eye(M)), 1))  # k, (M, d)
         self.project = mlp(q.shape[1], self.hidden, torch.eye(M + 1)[0], generator)
 
         def loss(rows):
@@ -671,7 +672,7 @@ class SimilarityRouter(Router):
             return -(self.predict(q[rows]) * scores[rows]).sum(1).mean()
 
         self.tau_route = self.tau  # while it learns
-        parameters = [*self.project.parameters(), self.teachers]
+        parameters = [*self.project.parameters(), self.keys]
         val = fit_early_stopped(self, parameters, loss, minus_expected_score, q, generator)
 
         cos = self.cos(self.embed(q[val]))  # (N_val, M)
@@ -688,7 +689,7 @@ class SimilarityRouter(Router):
 
     def cos(self, z):
         """Return cos(z, k_m) (B, M), of z (B, d) at unit length."""
-        return z @ F.normalize(self.teachers).T
+        return z @ F.normalize(self.keys).T
 
     @staticmethod
     def teacher_loss(logits, scores, top_k):
@@ -846,9 +847,8 @@ class ClassifierRouter(Router):
     The target is softmax_m(scores / temperature), as ZOOTER (Lu et al., arXiv 2311.08692) distils
     rewards into a router; cross-entropy to a fixed target is its KL loss up to a constant.
 
-    Left out: ZOOTER's smoothing of rewards by tags (there are no tags here), and training the
-    encoder. A loop that also trains the encoder can use `head`, a plain nn.Module, and `target`,
-    which needs only scores.
+    Left out: ZOOTER's smoothing of rewards by tags (there are no tags here). The encoder is not
+    trained here: ClassifierRouting.tune does that, with `head`, a plain nn.Module, and `target`.
     """
 
     temperature: float = 0.1
@@ -888,7 +888,7 @@ def fit_early_stopped(router, parameters, loss, validation_loss, q, generator):
     """Train parameters by AdamW on loss(rows), on minibatches of the rows of q (N, D), with the
     router's `lr`, `batch` and `steps`.
 
-    15 % of the rows are kept for validation; up to 6 rows serve both purposes. Training ends when
+    15 % of the rows are kept for validation; of 6 rows or fewer, all serve both purposes. Training ends when
     10 epochs in a row have not lowered validation_loss(rows) by 1e-4, or after the epoch in which
     the number of minibatches reaches `steps`. Then the parameters go back to where that loss was
     lowest. Return the rows kept for validation.

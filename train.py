@@ -73,7 +73,7 @@ ARGUMENTS = {
         ("shots", natural, None, "examples in a prompt (default: 0 in the micro world, else 2)"),
         ("teacher-forcing", flag, False, "tell the teachers the answer, as TinyLLM does (not for rl)"),
         ("max-new-tokens", positive, None, "tokens of a rationale (default: 256; micro world: 64)"),
-        ("batch-tokens", positive, 2**14, "tokens that a teacher holds at once: prompts and what follows"),
+        ("batch-tokens", positive, 2**14, "tokens that a model holds at once to write: prompts and texts"),
     ],
     "training": [
         ("lam", weight, None, "weight of the rationale loss (default: 16 in the micro world, else 1)"),
@@ -270,7 +270,7 @@ def open_parts(args, ranks):
         ranks.wait()
     require(not args.ood or "ood/train" in data, f"--ood: {folder} has no ood/train.jsonl")
 
-    def open_lm(path):  # called later, when t5s and the student are there
+    def open_lm(path):  # called later: t5s is set below
         if path or t5s:
             return model.load(path or t5s[0], args.device)
         return copy.deepcopy(student).eval(), token_cache.tokenizer
@@ -369,7 +369,8 @@ def measure(args, student, token_cache, questions, prefixes):
     rows = random.Random(0).sample(range(n), min(args.explain, n))
     some = [questions[row] for row in sorted(rows)]
     for prefix in prefixes:
-        texts = kp.explanations(student, token_cache, some, args.max_new_tokens, prefix)
+        limits = args.max_new_tokens, prefix, args.batch_tokens
+        texts = kp.explanations(student, token_cache, some, *limits)
         shares = {"explains_right": kp.by_task(some, map(kp.is_right, texts, some))}
         if all(q.truth for q in some):
             true = [text == q.truth for text, q in zip(texts, some)]
@@ -384,7 +385,7 @@ def draw_visits(questions, token_cache, args, n_ranks=1):
     every row once.
 
     Eight batches at a time are sorted by length and cut again, so 5 % of the tokens are padding
-    instead of 19 %. No other question is tokenised.
+    instead of 19 %. Questions that no step visits are not tokenised.
     """
     size = args.batch_size * args.accumulate * n_ranks
     n_visits = args.steps * size
@@ -570,6 +571,8 @@ class Run:
             seconds=self.seconds,
         )
         text = json.dumps(progress)
+        with open(self.metrics, "rb") as file:
+            os.fsync(file.fileno())  # after a power cut too, the log is as long as the checkpoint says
         with model.atomic(self.checkpoint) as temporary:
             about = {"progress": text, "checksum": model.checksum(text, tensors)}
             save_file(tensors, temporary, about)

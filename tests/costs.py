@@ -60,7 +60,7 @@ def measure(name, folder):
         router = purifier.router().fit(**purifier.fitted_on)
         n = 0  # Plackett-Luce keeps the questions that it was fitted on
         if name == "router":
-            n = size(router.project) + router.teachers.numel()
+            n = size(router.project) + router.keys.numel()
         elif name == "classifier":
             encoder, _ = purifier.encoder
             n = size(router.head, encoder.encoder, encoder.shared)

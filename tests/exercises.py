@@ -9,7 +9,7 @@ solution, and its test reads the table that you found.
 
 from purify import Choice
 
-# 1. A sixth purifier: the majority vote
+# 1. A purifier of your own: the majority vote
 #
 # Ask all teachers. The choice on which most of their rationales conclude wins, and the first teacher
 # who concludes on it writes. Where no rationale concludes on anything, the first teacher writes. The

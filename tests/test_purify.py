@@ -391,7 +391,7 @@ def test_similarity_router_starts_from_the_mean_and_knows_its_parameters():
     router = SimilarityRouter(steps=0).fit(x, s)  # untrained: the best single teacher for every question
     assert (router.route(x).argmax(dim=1) == 1).all()
     z = router.project(router.standardize(x))
-    cos = F.cosine_similarity(z[:, None], router.teachers[None], dim=2)
+    cos = F.cosine_similarity(z[:, None], router.keys[None], dim=2)
     assert torch.allclose(router.route(x), F.softmax(cos / router.tau_route, dim=1), atol=1e-5)
 
 

@@ -132,6 +132,20 @@ def test_the_paper_s_recipe_runs_with_stand_in_weights(world, teacher_folders, t
         assert result_of(folder)["teachers"] == [f"hf-{i}" for i in range(4)]
 
 
+def test_a_student_writes_within_batch_tokens(world, teacher_folders, tmp_path, monkeypatch):
+    generate = model.Model.generate
+    held = []
+
+    def watched(self, ids, mask, max_new_tokens):
+        held.append((len(ids), ids.shape[1] + max_new_tokens))
+        return generate(self, ids, mask, max_new_tokens)
+
+    monkeypatch.setattr(model.Model, "generate", watched)
+    run(world, teacher_folders, tmp_path, "--purifier", "answers", "--batch-tokens", "300")
+    assert all(rows == 1 or rows * length <= 300 for rows, length in held)
+    assert max(held)[0] > 1
+
+
 def test_a_student_may_be_a_checkpoint(world, teacher_folders, tmp_path):
     how = ["--purifier", "answers", "--student", str(teacher_folders[0]), "--lr", "0"]
     folder = run(world, teacher_folders, tmp_path, *how)
@@ -147,7 +161,7 @@ def test_the_student_is_told_to_recompute(teacher_folders, arguments, recomputes
     assert student.recompute is recomputes
 
 
-def test_the_readme_s_sixth_purifier_works(world, teacher_folders, tmp_path, monkeypatch):
+def test_the_readme_s_own_purifier_works(world, teacher_folders, tmp_path, monkeypatch):
     monkeypatch.setattr(purify, "PURIFIERS", dict(purify.PURIFIERS))
     code = (ROOT / "README.md").read_text().split("```python\n")[1].split("```")[0]
     assert len(code.splitlines()) <= 30

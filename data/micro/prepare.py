@@ -24,8 +24,8 @@ reason and learn, and knows nothing that is true.
 
     python -m data.micro.prepare        # train.py runs this on first use
 
-Read in this order: facts, questions, exercises, the student's practice, the teachers' reading, the
-report, and `prepare`, which makes it all, once.
+Read in this order: facts, questions, exercises, the models, the student's practice, the teachers'
+reading, the report, and `prepare`, which makes it all, once.
 """
 
 import argparse
@@ -125,6 +125,7 @@ OUT_OF_DOMAIN = {"physical": ("science", "riddles"), "kinds": ("nature", "medici
 
 SIZES = {"train": 1000, "valid": 200, "test": 500}  # questions per task
 OOD_SIZES = {"train": 500, "valid": 100, "test": 500}
+
 
 def draw_question(rng, task, subject, entity, property_, half=None):
     """Draw a question, without an id, to which an entity is the answer, because of a property.
@@ -282,7 +283,7 @@ def exercise(rng, world, reading, prompts):
     class_of, properties = reading[name]
     entity = rng.choice(list(class_of))
     property_ = rng.choice(properties[class_of[entity]])
-    # At least every second question is of the subject's own task.
+    # Two of three questions are of the subject's own task.
     tasks = [name, name] + [task for task, names in OUT_OF_DOMAIN.items() if name in names]
     q = draw_question(rng, rng.choice(tasks), world[name], entity, property_)
     for_answer, for_rationale = prompts
@@ -367,7 +368,7 @@ def train_tokenizer(facts):
 
 
 def tiny_t5(vocab_size, **sizes):
-    """Return a new T5 of half a million weights, which a CPU trains in minutes; or of other sizes.
+    """Return a new T5 that a CPU trains in minutes (0.8 M weights), or one of other sizes.
 
     It is the default student, and one of the teachers.
     """
@@ -471,7 +472,7 @@ def practise(folder, seed, steps, steps_done):
 
 # {teacher: (steps until it knows what it read, config of its Llama; None: a T5)}
 TEACHERS = {
-    "t5": (400, None),  # it starts as the student, as FLAN-T5-xl is to FLAN-T5-small
+    "t5": (400, None),  # it starts from the student's weights
     "llama-2": (700, LLAMA),
     "mistral": (700, dict(GROUPED, model_type="mistral", sliding_window=64)),
     "llama-3.1": (700, dict(GROUPED, rope_theta=500000.0, rope_scaling=ROPE_SCALING)),
