@@ -253,6 +253,7 @@ def conflict_meter(args):
     pairs = [rng.sample(rng.choice(groups), 2) for _ in range(N_PAIRS)]
     table = []
     for when, lm in (("before training", student), ("after training", trained)):
+        rng = random.Random(1)  # the same rationales both times
         same_question = []
         same_answer = []
         for q, other in pairs:
@@ -322,21 +323,30 @@ def rows_of(args):
     return rows, []
 
 
+def words_of(args, arguments):
+    """Return train.py's arguments, a list: those of all rows and those of this one, a text."""
+    words = []
+    for name in ("data", "teachers", "student", "world", "steps"):
+        value = getattr(args, name)
+        if value is not None:
+            words += [f"--{name}", *map(str, model.as_list(value))]
+    try:
+        return words + shlex.split(arguments)
+    except ValueError as error:
+        raise BadInput(f"--compare {arguments}: {error}") from None
+
+
 def folder_of(args, arguments, seed):
-    """Return the folder of the run with these arguments and this seed."""
+    """Return the folder of the run with these arguments and this seed, its own in all tables."""
     name = re.sub(r"[^\w.]+", "-", arguments).strip("-")[:190]  # file systems take 255
-    digest = hashlib.sha256(arguments.encode()).hexdigest()[:8]  # "a/b" is not "a-b"
+    text = shlex.join(words_of(args, arguments))
+    digest = hashlib.sha256(text.encode()).hexdigest()[:8]
     return Path(args.out) / "runs" / f"{name}-{digest}-{seed}"
 
 
 def train_all(args):
     """Train what is missing of a table. Write the table's file and return its path."""
     rows, against = rows_of(args)
-    common = []
-    for name in ("data", "teachers", "student", "world", "steps"):
-        value = getattr(args, name)
-        if value is not None:
-            common += [f"--{name}", *map(str, model.as_list(value))]
     folders = []
     commands = {}
     needed = set()  # of the micro world: its worlds and students
@@ -344,7 +354,7 @@ def train_all(args):
         for seed in range(args.seeds):
             folder = folder_of(args, arguments, seed)
             folders.append((label, folder))
-            command = [*common, *split(arguments), "--seed", str(seed), "--out", str(folder)]
+            command = [*words_of(args, arguments), "--seed", str(seed), "--out", str(folder)]
             asked = train.parse_args(command)
             train.settle(asked)
             same = is_run_of(folder, asked)
@@ -366,14 +376,6 @@ def train_all(args):
     path = Path(args.out) / f"{args.table or 'compare'}.json"
     write_table(path, against, [run_of(*labelled) for labelled in folders])
     return path
-
-
-def split(arguments):
-    """Return the words of a row as a shell would split them."""
-    try:
-        return shlex.split(arguments)
-    except ValueError as error:
-        raise BadInput(f"--compare {arguments}: {error}") from None
 
 
 def is_run_of(folder, asked):

@@ -181,7 +181,8 @@ def chat_template(folder):
         raise BadInput(f"{file}: no chat template can be read; download it again") from None
 
 
-EDGE = " \n:.\"'"  # what may stand around a conclusion
+EDGE = " :.\"'"  # what may stand around a conclusion
+ARTICLE = re.compile("^(an?|the) ")
 
 
 def conclusion(rationale, choices):
@@ -192,18 +193,28 @@ def conclusion(rationale, choices):
     whole, so "not clear" is no "no". Where several choices fit, the longest one counts. It does not
     understand marks of Markdown, "B. text" or "option (b)".
     """
-    _, cue, tail = rationale.lower().rpartition("answer is")
+
+    def plain(text):
+        return " ".join(text.lower().split())
+
+    _, cue, tail = plain(rationale).rpartition("answer is")
     if not cue:
         return None
     tail = tail.strip(EDGE)
     named = []
-    for i, choice in enumerate(choices):
-        choice = choice.lower()
-        text = re.escape(choice.strip(EDGE) or choice)
+    for i, choice in enumerate(map(plain, choices)):
         letter = LETTERS[i]
-        if re.match(rf"(an? |the )?({text}|\({letter}\)|{letter}\W*$)(?!\w)", tail):
-            named.append(i)
+        text = choice.strip(EDGE) or choice
+        for end in (tail, ARTICLE.sub("", tail)):
+            if begins(end, text) or begins(end, f"({letter})") or re.fullmatch(rf"{letter}\W*", end):
+                named.append(i)
     return max(named, key=lambda i: len(choices[i]), default=None)
+
+
+def begins(text, words):
+    """Tell whether a text begins with these words, whole."""
+    following = text[len(words) : len(words) + 1]
+    return text.startswith(words) and not (following.isalnum() or following == "_")
 
 
 def is_right(rationale, q):
@@ -215,6 +226,7 @@ def is_right(rationale, q):
 
 WRITERS = ("t5", "llama", "mistral", "qwen2", "qwen3")  # model_types that can learn and teach
 MAX_LENGTH = 512  # tokens of a student's prompt, and of a target
+PREFIX = re.compile(r"\s*\S*( \d+:)?")  # "predict:", "explain:", "explain 2:"; of other prompts the first word
 NO_LIMIT = 10**9
 BATCH_TOKENS = 2**14  # that a model which writes holds at once: this bounds the memory of its cache
 
@@ -239,14 +251,15 @@ class TokenCache:
     def prompts(self, texts):
         """Return the ids of prompts. What is too long loses the beginning of its context.
 
-        Question and choices stand at the end. The first word stays: it names the task.
+        Question and choices stand at the end. The prefix stays: it names the task.
         """
         rows = []
         for text in texts:
             ids = self.ids(self.chat.format(text))
             if len(ids) > self.max_length:
-                # Keep what stands before the question: the chat's start and the task's first word.
-                head = self.ids(self.chat.split("{}")[0] + text.split()[0])
+                # Keep what stands before the question: the chat's start and the task's prefix.
+                prefix = PREFIX.match(text)[0]
+                head = self.ids(self.chat.split("{}")[0] + prefix)
                 same = os.path.commonprefix([ids, head])  # head without its end token
                 ids = model.keep_end(ids, self.max_length, len(same))
                 model.say_once(f"prompts over {self.max_length} tokens lose their beginning")
@@ -401,11 +414,12 @@ def progress(steps, name):
 
 
 @torch.no_grad()
-def choice_logps(lm, token_cache, prompts, choices, batch_size=64):
+def choice_logps(lm, token_cache, prompts, choices, batch_size=64, end=False):
     """Return log p(choice | prompt) in nats, summed over the choice's tokens, and how many tokens
     each choice has: two lists of N lists.
 
-    prompts: N texts. choices: N lists of texts. Each prompt is read once. All first choices are read
+    prompts: N texts. choices: N lists of texts. end: an end token belongs to a choice (a T5's has
+    one anyway), so that "5" is not likelier than "50" by being its beginning. Each prompt is read once. All first choices are read
     after the prompts, then all second ones in their place, and so on.
     """
     device = model.device_of(lm)
@@ -413,7 +427,7 @@ def choice_logps(lm, token_cache, prompts, choices, batch_size=64):
     tails = []  # N lists, the ids of each choice
     lengths = []  # N lists, how many ids that are
     for prompt, texts in zip(prompts, choices):
-        tails.append(token_cache.pairs(lm, [prompt] * len(texts), texts, end=False)[1])
+        tails.append(token_cache.pairs(lm, [prompt] * len(texts), texts, end)[1])
         lengths.append(list(map(len, tails[-1])))
     sums = [None] * len(prompts)
     for rows in progress(model.by_length(prompt_ids, batch_size), "score"):
@@ -463,12 +477,12 @@ def write(lm, tokenizer, prompts, max_new_tokens, batch_tokens=BATCH_TOKENS):
     return written
 
 
-def guesses(student, token_cache, questions, per_token=False):
+def guesses(student, token_cache, questions, per_token=False, batch_size=64):
     """Return the index of the choice that the student finds likeliest, for each question."""
     student.eval()
     prompts = list(map(predict_prompt, questions))
     choices = [q.choices for q in questions]
-    scored = choice_logps(student, token_cache, prompts, choices)
+    scored = choice_logps(student, token_cache, prompts, choices, batch_size, end=True)
     picks = []
     for sums, lengths in zip(*scored):
         logps = weigh_choices(sums, lengths, per_token)
@@ -476,9 +490,9 @@ def guesses(student, token_cache, questions, per_token=False):
     return picks
 
 
-def accuracy(student, token_cache, questions, per_token=False):
+def accuracy(student, token_cache, questions, per_token=False, batch_size=64):
     """Return {task: share of questions that the student answers rightly, "mean": over tasks}."""
-    picks = guesses(student, token_cache, questions, per_token)
+    picks = guesses(student, token_cache, questions, per_token, batch_size)
     return by_task(questions, [pick == q.answer for q, pick in zip(questions, picks)])
 
 
@@ -616,7 +630,7 @@ class CheckpointTeacher:
         cannot teach.
         """
         self.folder = Path(folder)
-        why = "no such folder; --teachers takes checkpoint folders and .jsonl files"
+        why = "no such folder; give a checkpoint folder (--teachers takes .jsonl files too)"
         require(self.folder.is_dir(), f"{folder}: {why}")
         config = model.read_config(self.folder)
         self.kind = config.get("model_type")
@@ -694,7 +708,11 @@ class CheckpointTeacher:
         """
         texts = []
         for q in questions:
-            others = [text for e, text in examples if e.task == q.task and e.id != q.id]
+            others = []
+            for e, text in examples:
+                is_q = e.id == q.id or (e.text, e.choices) == (q.text, q.choices)
+                if e.task == q.task and not is_q:
+                    others.append(text)
             draw = random.Random(f"{self.asking.seed} {q.id}")
             shown = draw.sample(others, min(self.asking.shots, len(others)))
             text = self.frame(prompt(q, shown))

@@ -348,6 +348,9 @@ class T5(Model):
         super().__init__(config)
         c = self.c
         require(c.dropout_rate < 1, f"dropout_rate must be below 1, not {c.dropout_rate}")
+        buckets = c.relative_attention_num_buckets
+        fit = 4 <= buckets < 2 * c.relative_attention_max_distance
+        require(fit, f"relative_attention_num_buckets must be from 4 to 2 * max_distance, not {buckets}")
         require(c.decoder_start_token_id < c.vocab_size, "decoder_start_token_id is beyond vocab_size")
         self.shared = nn.Embedding(c.vocab_size, c.d_model)
         self.encoder = T5Stack(c, c.num_layers, is_decoder=False)
@@ -541,8 +544,8 @@ class Llama(Model):
         divides = c.num_attention_heads % c.num_key_value_heads == 0
         require(divides, "num_key_value_heads must divide num_attention_heads")
         require(c.hidden_act == "silu", f"hidden_act must be 'silu', not {c.hidden_act!r}")
-        if c.model_type in ("qwen2", "qwen3"):  # their configs hold a window that they do not use
-            require(not config.get("use_sliding_window"), "use_sliding_window must be false")
+        require(not config.get("use_sliding_window"), "use_sliding_window must be false")  # a Qwen's
+        if c.model_type != "mistral":  # other configs may hold a window, and do not use it
             c.sliding_window = None
         frequencies = rope_frequencies(c.head_dim, c.rope_theta, rope)
         # `rotate` wants the first half of the sine negative; the cosine is the same for both signs.
@@ -793,6 +796,8 @@ def embed(encoder, tokenizer, texts, batch_size=64):
     for rows in by_length(ids, batch_size):
         tokens, mask = pad([keep_end(ids[row], limit) for row in rows])
         out[rows] = pool(encoder, tokens.to(table.device), mask.to(table.device)).cpu()
+    why = "gives vectors that are not finite; store it in float32 or bfloat16"
+    require(out.isfinite().all(), f"{encoder.folder}: {why}")
     return out
 
 
@@ -850,6 +855,8 @@ def load(path, device="cpu", dtype=None):
     require(
         kind in known,
         f"{path}/config.json: model_type {kind!r} is not supported; take one of {', '.join(known)}")
+    why = "quantised weights are not read; take the checkpoint as it was before"
+    require("quantization_config" not in config, f"{path}: {why}")
     try:
         with torch.device("meta"):  # its shape, without memory
             lm = ARCHITECTURES[kind][0](config)
@@ -905,6 +912,12 @@ def weight_files(path):
     return [path / name for name in names]
 
 
+def current_name(name):
+    """Return what a tensor of an old BERT, as bert-base-uncased stores it, is called today."""
+    name = name.removeprefix("bert.")
+    return name.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias")
+
+
 def read_weights(lm, path, device, dtype):
     """Return the state dict of `lm`, from the folder; dtype None: the dtype of its first tensor.
 
@@ -914,7 +927,7 @@ def read_weights(lm, path, device, dtype):
     tensors = {}
     for file in weight_files(path):
         tensors |= read_tensors(file)[0]  # maps of the file, not read yet
-    tensors = {name.removeprefix("bert."): tensor for name, tensor in tensors.items()}
+    tensors = {current_name(name): tensor for name, tensor in tensors.items()}
     if isinstance(lm, T5) and "lm_head.weight" not in tensors:
         lm.lm_head = None  # then `shared` is the head, as in transformers 5
     state = lm.state_dict()

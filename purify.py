@@ -10,6 +10,7 @@ usable alone.
 
 import json
 import random
+import re
 from collections import Counter
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -40,6 +41,7 @@ class Purifier:
     def __init__(self, args, questions, visits, fit_on, teachers, open_lm):
         """Take all that a purifier may look at: training questions, never the test."""
         self.args = args
+        self.seed = args.seed
         self.questions = questions  # what the student trains on
         self.visits = visits  # visits[step]: the rows of `questions` in that step's batch
         self.rows = sorted(set(chain.from_iterable(visits)))  # all rows that training visits
@@ -93,7 +95,7 @@ class Purifier:
         seed (default: all).
         """
         n = self.args.fit_questions or default or len(self.fit_on)
-        return random.Random(self.args.seed).sample(self.fit_on, min(n, len(self.fit_on)))
+        return random.Random(self.seed).sample(self.fit_on, min(n, len(self.fit_on)))
 
     @cached_property
     def encoder(self):
@@ -103,14 +105,15 @@ class Purifier:
         model.require(hasattr(encoder, "encode"), f"{encoder.folder}: {why}")
         return encoder, tokenizer
 
-    def open_encoder(self):
-        """Open it if it is needed or given: before a run begins, so that a bad one is told at once."""
+    def open(self):
+        """Open what `fit` needs, before a run begins: what is wrong ends it with nothing overwritten."""
         if self.needs_encoder or self.args.encoder:
             self.encoder
 
     def close_encoder(self):
         """Free its memory for the student: after `fit` nothing new is embedded."""
         vars(self).pop("encoder", None)
+        self.embeddings.clear()
 
     def embed(self, questions):
         """Return E(q), (N, D) of unit length."""
@@ -186,7 +189,7 @@ class RandomTeacher(Choice):
     """Control: a teacher drawn at random for each question, once."""
 
     def choose(self, questions):
-        generator = torch.Generator().manual_seed(self.args.seed)
+        generator = torch.Generator().manual_seed(self.seed)
         picks = torch.randint(len(self.teachers), (len(questions),), generator=generator)
         return self.certain(picks)
 
@@ -233,17 +236,24 @@ class Routing(Choice):
         """Return a new router."""
         raise NotImplementedError
 
-    def choose(self, questions):
+    def open(self):
+        super().open()
         model.require(len(self.teachers) > 1, "a router needs two teachers or more; give --teachers")
         if self.args.router:
-            self.fitted_on = self.take_over(Path(self.args.router) / "router.safetensors")
-        else:
+            folder = Path(self.args.router)
+            is_this = folder.resolve() == Path(self.args.out).resolve()
+            model.require(not is_this, f"--router {folder}: is the folder of this run; give another --out")
+            self.fitted_on = self.take_over(folder / "router.safetensors")
+
+    def choose(self, questions):
+        if not self.args.router:
             fit = self.questions_to_fit_on()
             scores = self.teachers.scores(fit).contiguous()  # (N, M); safetensors needs it whole
             self.tune(fit, scores)
             self.fitted_on = dict(embeddings=self.embed(fit), scores=scores)
         router = self.router().fit(**self.fitted_on)
-        self.to_keep = {**self.fitted_on, "probe": self.embed_texts([PROBE])}
+        seed = torch.tensor(self.seed)
+        self.to_keep = {**self.fitted_on, "probe": self.embed_texts([PROBE]), "seed": seed}
         return router.route(self.embed(questions))
 
     def tune(self, questions, scores):
@@ -258,7 +268,7 @@ class Routing(Choice):
         for name, ours in (("purifier", self.args.purifier), ("teachers", self.teachers.names)):
             theirs = json.loads(metadata.get(name, "null"))
             model.require(theirs == ours, f"{file}: fitted with {name} {theirs}, not {ours}")
-        needed = {"embeddings", "scores", "probe"}
+        needed = {"embeddings", "scores", "probe", "seed"}
         model.require(needed <= tensors.keys(), f"{file}: holds no router; give the folder of a run")
         other = f"{file}: fitted with another encoder; give that one as --encoder"
         tuned = model.part_of(tensors, "encoder")
@@ -271,6 +281,7 @@ class Routing(Choice):
         theirs = tensors["probe"]
         same = probe.shape == theirs.shape and probe.allclose(theirs, atol=1e-3)
         model.require(same, other)
+        self.seed = int(tensors["seed"])
         return dict(embeddings=tensors["embeddings"], scores=tensors["scores"])
 
 
@@ -278,14 +289,14 @@ class SimilarityRouting(Routing):
     """The similarity-based router."""
 
     def router(self):
-        return SimilarityRouter(seed=self.args.seed)
+        return SimilarityRouter(seed=self.seed)
 
 
 class PlackettLuceRouting(Routing):
     """Plackett-Luce ranking."""
 
     def router(self):
-        return PlackettLuceRouter(seed=self.args.seed)
+        return PlackettLuceRouter(seed=self.seed)
 
 
 class ClassifierRouting(Routing):
@@ -301,7 +312,7 @@ class ClassifierRouting(Routing):
     LR = 3e-4
 
     def router(self):
-        return ClassifierRouter(seed=self.args.seed)
+        return ClassifierRouter(seed=self.seed)
 
     def tune(self, questions, scores):
         encoder, tokenizer = self.encoder
@@ -314,7 +325,7 @@ class ClassifierRouting(Routing):
         parameters = [*encoder.parameters(), *router.head.parameters()]
         optimizer = torch.optim.AdamW(parameters, self.LR)
         device = model.device_of(encoder)
-        draw = random.Random(self.args.seed)
+        draw = random.Random(self.seed)
         for _ in kp.progress(range(self.STEPS), "tune classifier"):
             rows = [draw.randrange(len(ids)) for _ in range(self.BATCH)]
             tokens, mask = model.pad([ids[row] for row in rows])
@@ -334,6 +345,9 @@ class ClassifierRouting(Routing):
 # -------------------------------------------------------------------------------------- aggregation
 
 
+LETTER = re.compile(r"\([a-j]\)")  # of a choice
+
+
 class Aggregation(Purifier):
     """Knowledge aggregation: an LM reads q and all M rationales and writes one, r_P = LM(q, r_1
     .. r_M), greedy.
@@ -349,6 +363,11 @@ class Aggregation(Purifier):
     LR = 1e-3
     MAX_LENGTH = 2048  # tokens of question and rationales
 
+    def open(self):
+        super().open()
+        if self.args.aggregator or not self.args.tune_aggregator:
+            self.writer = self.teachers.open_another(self.args.aggregator)
+
     def purify(self, questions):
         if not self.args.tune_aggregator:
             return self.ask(questions)
@@ -361,18 +380,15 @@ class Aggregation(Purifier):
             if not todo:  # out of domain: the first one was taught none of them, and wrote all
                 continue
             aggregator, tokenizer = self.open_lm(self.args.aggregator)
-            kind = aggregator.config["model_type"]
-            why = f"--aggregator {self.args.aggregator}: a {kind} cannot write"
-            model.require(kind in kp.WRITERS, why)
             chat = kp.chat_format(aggregator.folder, tokenizer) if aggregator.folder else "{}"
             token_cache = kp.TokenCache(tokenizer, self.MAX_LENGTH, chat)
             self.tune(aggregator, token_cache, half)
             purified.update(zip(todo, self.write(aggregator, token_cache, todo)))
-        return [[purified[q]] for q in questions]
+        return same_on_all_ranks([[purified[q]] for q in questions])
 
     def ask(self, questions):
         """Return [r_P] of each question. The LM is asked as a teacher is, and its answers are cached."""
-        writer = self.teachers.open_another(self.args.aggregator)
+        writer = self.writer
         said = self.teachers.all_rationales(questions)
         prompts = [writer.frame(text) for text in map(kp.aggregation_prompt, questions, said)]
         texts = [[record["text"]] for record in writer.look_up("rationale", questions, prompts)]
@@ -398,7 +414,7 @@ class Aggregation(Purifier):
         aggregator.float().train()  # small updates are lost in bfloat16
         optimizer = torch.optim.AdamW(aggregator.parameters(), self.LR)
         n_steps = self.args.tune_aggregator
-        draw = random.Random(self.args.seed)
+        draw = random.Random(self.seed)
         for step in kp.progress(range(n_steps), "tune aggregator"):
             warm_up = (step + 1) / 50
             decay = 1 - step / n_steps
@@ -407,8 +423,9 @@ class Aggregation(Purifier):
             targets = []
             for q, texts, teacher in draw.choices(lessons, k=self.BATCH):
                 # The choices and teachers in a new order each time: their places mean nothing.
-                shuffled = draw.sample(q.choices, len(q.choices))
-                q = replace(q, choices=tuple(shuffled))
+                if not any(LETTER.search(text) for text in texts):  # which would then name others
+                    shuffled = draw.sample(q.choices, len(q.choices))
+                    q = replace(q, choices=tuple(shuffled))
                 prompts.append(kp.aggregation_prompt(q, draw.sample(texts, len(texts))))
                 targets.append(texts[teacher])
             prompts, targets = token_cache.pairs(aggregator, prompts, targets)
@@ -454,7 +471,7 @@ class Reinforced(Purifier):
         states = same_on_all_ranks(states)
         self.states = torch.empty(len(self.questions), *states.shape[1:])
         self.states[self.rows] = states  # no other row is ever looked up
-        generator = torch.Generator().manual_seed(self.args.seed)
+        generator = torch.Generator().manual_seed(self.seed)
         self.policy = mlp(states.shape[-1], self.HIDDEN, torch.zeros(n_outputs), generator)
         self.optimizer = torch.optim.Adam(self.policy.parameters(), self.LR)
         self.baseline = torch.zeros((), dtype=torch.float64)
@@ -491,7 +508,7 @@ class Reinforced(Purifier):
         if start == len(self.written):
             ahead = slice(step, step + self.AHEAD)
             visited = self.visited[ahead]  # (AHEAD, B)
-            generator = torch.Generator().manual_seed(self.args.seed * 1_000_003 + step)
+            generator = torch.Generator().manual_seed(self.seed * 1_000_003 + step)
             with torch.no_grad():
                 logp = self.log_policy(visited.flatten())  # (AHEAD * B, M)
             picks = torch.multinomial(logp.exp(), 1, generator=generator)
@@ -515,9 +532,11 @@ class Reinforced(Purifier):
 
     def feedback(self, step, loss):
         self.rewards[step] = self.reward(step, loss)
+        finite = self.rewards[step].isfinite().all()
+        model.require(finite, f"step {step}: the student's losses are not finite; lower --lr")
         mean = self.rewards[step].mean()
         entropy = self.learn(step)
-        draw = random.Random(f"{self.args.seed} {step}")
+        draw = random.Random(f"{self.seed} {step}")
         earlier = range(max(0, step - self.MEMORY), step)
         for before in draw.sample(earlier, min(self.REPLAYS, len(earlier))):
             self.learn(before)

@@ -56,6 +56,7 @@ def read_questions(file, split="", taken=None):
     folder = Path(file).resolve().parent.name
     for place, row in model.read_rows(file):
         row = row if isinstance(row, dict) else {}
+        row = {key: value for key, value in row.items() if value is not None}
         text = row.get("text", row.get("question"))
         choices = row.get("choices")
         why = "no question; each needs text, choices and answer"
@@ -101,7 +102,7 @@ def read_rationales(file, data, needed, max_words):
         why = f"no question has the id {name!r:.80}; take the ids of train.jsonl"
         require(name in ids, f"{place}: {why}")
         name = ids[name]
-        why = f"a second rationale for question {name}; delete one"
+        why = f"a second rationale for question {name}; delete one, or give each question its own id"
         require(name not in rationales, f"{place}: {why}")
         require(is_text(text), f"{place}: a rationale must be a text, without half a character")
         text = text.strip()
@@ -133,16 +134,14 @@ def are_choices(choices):
 
 def answer_index(answer, choices):
     """Return the index of an answer that is a choice, a letter or an index; None for
-    anything else.
+    anything else. Of equal choices it is the first.
     """
     letters = LETTERS[: len(choices)]
-    if isinstance(answer, str) and answer in choices:
-        return choices.index(answer)
-    if isinstance(answer, str) and len(answer) == 1 and answer.lower() in letters:
-        return letters.index(answer.lower())
+    if isinstance(answer, str) and len(answer) == 1 and answer not in choices:
+        answer = letters.find(answer.lower())
     if type(answer) is int and 0 <= answer < len(choices):
-        return answer
-    return None
+        answer = choices[answer]
+    return choices.index(answer) if answer in choices else None
 
 
 def train_tokenizer(questions, vocab_size=4096):

@@ -429,13 +429,14 @@ def test_control_characters_of_a_question_do_not_reach_the_terminal(world, tmp_p
     assert one_line([*given(world, tmp_path), "--data", tmp_path / "data"], capsys).isprintable()
 
 
-def test_a_loss_that_is_not_finite_stops_the_run(world, tmp_path, capsys):
-    bad = ["--purifier", "answers", "--lr", "1e9", "--warmup", "1"]
+@pytest.mark.parametrize("purifier", ["answers", "rl-verified"])
+def test_a_loss_that_is_not_finite_stops_the_run(world, tmp_path, capsys, purifier):
+    bad = ["--purifier", purifier, "--lr", "1e9", "--warmup", "1"]
     arguments = given(world, tmp_path, *bad, "--steps", "40", "--eval-every", "20")
     with pytest.raises(SystemExit), model.one_line_errors():
         train.main(train.parse_args([*map(str, arguments)]))
     line = capsys.readouterr().err.strip().splitlines()[-1]
-    assert "step" in line and "answers" in line and "not finite" in line
+    assert line.startswith("error: ") and "step" in line and "not finite" in line
     assert not (tmp_path / "run" / "student").exists()
 
 
@@ -449,9 +450,9 @@ def test_a_run_of_another_format_is_not_gone_on_with(world, tmp_path, capsys):
 def test_another_number_of_processes_does_not_go_on(world, tmp_path, capsys):
     """Each step's batch would be another one."""
     (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "config.json").write_text('{"format": 3, "processes": 2}')
+    (tmp_path / "run" / "config.json").write_text('{"format": 3, "nproc_per_node": 2}')
     line = one_line(given(world, tmp_path, "--resume"), capsys)
-    assert "begun with --processes 2, not 1" in line
+    assert "begun with --nproc-per-node 2, not 1" in line
 
 
 def soak(world, folder, purifier, number, launcher, more):

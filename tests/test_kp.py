@@ -48,6 +48,9 @@ def test_conclusion(text, index):
     ("So the answer is\n(b)", ("x", "y"), 1),
     ("The answer is 'Tis.", ("'tis", "it"), 0),
     ("the answer is .", (".", "!"), None),  # nothing is left of it
+    ("the answer is to build nests.", ("to  sing", "to  build nests"), 1),
+    ("so the answer  is\n yes", ("no", "yes"), 1),
+    ("the answer is an (a)", ("x", "y"), 0),
 ])  # fmt: skip
 def test_marks_around_a_conclusion_do_not_count(text, choices, index):
     assert kp.conclusion(text, choices) == index
@@ -229,6 +232,23 @@ def test_a_long_chat_keeps_its_frame_its_task_and_its_end(says_again):
     text = "".join(spelt(tokenizer, ids))
     assert len(ids) == 40
     assert text.startswith("<s>[INST] explain:x") and text.endswith("x Which? [/INST]")
+    (ids,) = kp.TokenCache(tokenizer, 40, CHAT).prompts([prompt.replace("explain", "explain 3")])
+    assert "".join(spelt(tokenizer, ids)).startswith("<s>[INST] explain 3:x")  # the teacher's number too
+
+
+def test_a_choice_is_not_likelier_for_being_the_beginning_of_another():
+    tokenizer = merging_tokenizer()
+    student = tiny_llama(200, eos_token_id=2)
+    token_cache = kp.TokenCache(tokenizer)
+    q = kp.Question("1", "t", "How many?", ("5", "50"), 1)
+    _, (five, fifty) = token_cache.pairs(student, [kp.predict_prompt(q)] * 2, q.choices, end=False)
+    assert fifty[: len(five)] == five
+    optimizer = torch.optim.Adam(student.parameters(), 0.02)
+    for _ in range(40):
+        kp.dual_loss(student, token_cache, [q], [[]], 1.0).total.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert kp.guesses(student, token_cache, [q]) == [1]
 
 
 def test_a_decoder_only_student_answers_and_explains_through_its_chat(monkeypatch):
@@ -247,7 +267,7 @@ def test_a_decoder_only_student_answers_and_explains_through_its_chat(monkeypatc
         n = len(tokenizer.encode(asked(kp.predict_prompt(q))).ids)
         losses = []
         for choice in q.choices:
-            ids = tokenizer.encode(f"{asked(kp.predict_prompt(q))} {choice}").ids
+            ids = tokenizer.encode(f"{asked(kp.predict_prompt(q))} {choice}").ids + [2]
             losses.append(alone(student, ids[:n], ids[n:]).item() * (len(ids) - n))
         assert guess == losses.index(min(losses))
     texts = kp.explanations(student, token_cache, questions, 9)
@@ -334,6 +354,7 @@ class Reads(torch.nn.Module):
         super().__init__()
         self.t5 = tiny_t5(tokenizer.get_vocab_size())
         self.config = self.t5.config
+        self.folder = None
         self.rows = []
 
     def encode(self, input_ids, attention_mask):
@@ -672,12 +693,14 @@ def test_a_teachers_examples_are_its_own_right_rationales(tmp_path):
         return [f"Think. So the answer is {'yes' if 'is 3' in q.text else q.right}." for q in questions]
 
     teacher.texts = says
-    teacher.rationales([replace(examples[0], text="What?"), replace(TROUT, id="9")])
-    alone, with_three, with_all = asked[:4], asked[4], asked[5]
+    twin = replace(examples[0], id="a copy")
+    teacher.rationales([replace(examples[0], text="What?"), replace(TROUT, id="9"), twin])
+    alone, with_three, with_all, of_twin = asked[:4], asked[4], asked[5], asked[6]
     assert sorted(alone) == sorted(map(kp.rationale_prompt, examples))
     shown = [kp.explained(e, f"Think. So the answer is {e.right}.") for e in examples[:3]]  # 3 was wrong
     assert all(example in with_all for example in shown) and "is 3" not in with_all
     assert shown[0] not in with_three and shown[1] in with_three and shown[2] in with_three
+    assert shown[0] not in of_twin and shown[1] in of_twin
     assert with_all.endswith(kp.rationale_prompt(TROUT))
 
 

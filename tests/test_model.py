@@ -842,11 +842,12 @@ BAD = {  # what is done to a copy of a fixture: (fixture, change of the folder, 
     "fewer layers": ("llama-2", lambda d: edit_config(d, num_hidden_layers=1), "has no place in"),
     "wrong shape": ("llama-2", lambda d: edit_config(d, intermediate_size=25), "is (24, 16), config.json says (25,"),
     "fewer heads": ("mistral", lambda d: edit_config(d, num_attention_heads=2), "is (24, 16), config.json says (12, 16)"),
-    "fewer buckets": ("t5", lambda d: edit_config(d, relative_attention_num_buckets=3), "is (8, 3), config.json says (3, 3)"),
+    "fewer buckets": ("t5", lambda d: edit_config(d, relative_attention_num_buckets=6), "is (8, 3), config.json says (6, 3)"),
     "NaN": ("llama-2", lambda d: weights(d, lambda t: nan(t, Q)), INFINITE),
     "infinite": ("llama-2", lambda d: weights(d, lambda t: nan(t, Q, -math.inf)), INFINITE),
     "NaN in bfloat16": ("llama-3.2", lambda d: weights(d, lambda t: nan(t, Q)), INFINITE),
     "quantised": ("llama-2", lambda d: weights(d, lambda t: t.update({Q: t[Q].char()})), f"tensor {Q} is stored as"),
+    "quantised, it says": ("llama-2", lambda d: edit_config(d, quantization_config={"bits": 4}), "quantised weights are"),
     "other activation": ("llama-2", lambda d: edit_config(d, hidden_act="gelu"), "hidden_act must be 'silu'"),
     "T5 activation": ("t5", lambda d: edit_config(d, feed_forward_proj="gated-mish"), "feed_forward_proj"),
     "BERT activation": ("bert", lambda d: edit_config(d, hidden_act="mish"), "hidden_act"),
@@ -867,6 +868,7 @@ SETTINGS = {  # of config.json, refused by their name before memory is taken for
         ("tie_word_embeddings", "yes")),
     "t5": (
         ("num_layers", 10**9), ("d_model", 10**9), ("num_heads", "3"), ("d_kv", -6),
+        ("relative_attention_num_buckets", 2), ("relative_attention_num_buckets", 300),
         ("num_decoder_layers", 10**8), ("dropout_rate", 2), ("decoder_start_token_id", 10**5)),
     "qwen2": (("use_sliding_window", True), ("attention_bias", 1)),
     "bert": (("num_attention_heads", 3), ("hidden_size", 10**9), ("max_position_embeddings", -1)),
@@ -888,6 +890,35 @@ def test_load_refuses(case, tmp_path):
     message = str(error.value)
     assert words in message and message.startswith(str(folder)) and "\n" not in message
     assert time.perf_counter() - start < 5
+
+
+def test_an_old_bert_s_names_are_known(tmp_path):
+    """bert-base-uncased stores LayerNorm.gamma and .beta, behind "bert."."""
+    folder = copy("bert", tmp_path)
+    new, _ = model.load(folder)
+
+    def rename(tensors):
+        for name in list(tensors):
+            old = name.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta")
+            tensors[f"bert.{old}"] = tensors.pop(name)
+
+    weights(folder, rename)
+    old, _ = model.load(folder)
+    assert all(torch.equal(value, old.state_dict()[name]) for name, value in new.state_dict().items())
+
+
+def test_only_a_mistral_has_a_sliding_window():
+    sizes = dict(vocab_size=64, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
+    assert model.Llama({**sizes, "model_type": "mistral", "sliding_window": 3}).c.sliding_window == 3
+    assert model.Llama({**sizes, "sliding_window": 3}).c.sliding_window is None  # transformers does not read it
+
+
+def test_vectors_that_are_not_finite_are_refused(tmp_path):
+    encoder, tokenizer = model.load(copy("t5", tmp_path))
+    with torch.no_grad():
+        encoder.shared.weight.fill_(torch.inf)
+    with pytest.raises(model.BadInput, match="vectors that are not finite"):
+        model.embed(encoder, tokenizer, ["a"])
 
 
 def test_constructors_refuse_too():

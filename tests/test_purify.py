@@ -555,6 +555,7 @@ def fitted(purifier, questions, open_lm, open_another=None, **settings):
     args = SimpleNamespace(**{**defaults, "tune_aggregator": 0, "batch_tokens": 2**14, **settings})
     visits = [list(range(len(questions)))]
     made = purifier(args, questions, visits, questions, texts_of(questions, open_another), open_lm)
+    made.open()
     made.fit()
     return made
 
@@ -615,6 +616,22 @@ def test_a_bfloat16_checkpoint_is_tuned_in_float32(world, teacher_folders, monke
         moved += not torch.equal(before.float(), a)
     assert moved > 0
     assert results[0] == results[1]
+
+
+@pytest.mark.parametrize("rationale, shuffles", [("so it is yes", True), ("so the answer is (b)", False)])
+def test_choices_are_not_shuffled_under_the_letters_of_rationales(teacher_folders, monkeypatch, rationale, shuffles):
+    choices = ("yes", "no", "maybe", "never")
+    questions = [kp.Question(str(i), "t", f"question {i}?", choices, 1) for i in range(4)]
+    lm, tokenizer = model.load(teacher_folders[0])
+    seen = set()
+    prompt = kp.aggregation_prompt
+    monkeypatch.setattr(kp, "aggregation_prompt", lambda q, texts: seen.add(q.choices) or prompt(q, texts))
+    args = SimpleNamespace(seed=0, tune_aggregator=2)
+    scores = torch.tensor([[0.9, 0.1]] * 4)
+    teachers = SimpleNamespace(all_rationales=lambda qs: [[rationale, "no"] for _ in qs], scores=lambda qs: scores)
+    made = Aggregation(args, questions, [[0]], questions, teachers, None)
+    made.tune(lm, kp.TokenCache(tokenizer), questions)
+    assert (len(seen) > 1) == shuffles
 
 
 def test_no_purified_text_was_taught_to_its_writer(monkeypatch):

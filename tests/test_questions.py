@@ -341,6 +341,13 @@ def test_a_folder_without_data_sets_is_named(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_null_is_as_if_it_were_not_there_and_of_equal_choices_the_first_is_right(tmp_path):
+    row = dict(id=None, task=None, truth=None, text="Which?", choices=["x", "y", "x"], answer=2)
+    (q,) = read_questions(write_lines(tmp_path / "d" / "q.jsonl", [row]))
+    assert q == kp.Question("0", "d", "Which?", ("x", "y", "x"), 0)
+    assert kp.is_right("So the answer is x.", q)
+
+
 def test_tinyllm_s_layout_in_data_says_how_to_convert_it(tmp_path):
     folder = tinyllm_folder(tmp_path / "parity")
     with pytest.raises(BadInput, match="python -m data.tinyllm.prepare .*parity --out"):

