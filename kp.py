@@ -226,7 +226,7 @@ def is_right(rationale, q):
 
 WRITERS = ("t5", "llama", "mistral", "qwen2", "qwen3")  # model_types that can learn and teach
 MAX_LENGTH = 512  # tokens of a student's prompt, and of a target
-PREFIX = re.compile(r"\s*\S*( \d+:)?")  # "predict:", "explain:", "explain 2:"; of other prompts the first word
+PREFIX = re.compile(r"\s*\S*( \d+:)?")  # "predict:", "explain 2:"; of other prompts the first word
 NO_LIMIT = 10**9
 BATCH_TOKENS = 2**14  # that a model which writes holds at once: this bounds the memory of its cache
 
@@ -418,9 +418,10 @@ def choice_logps(lm, token_cache, prompts, choices, batch_size=64, end=False):
     """Return log p(choice | prompt) in nats, summed over the choice's tokens, and how many tokens
     each choice has: two lists of N lists.
 
-    prompts: N texts. choices: N lists of texts. end: an end token belongs to a choice (a T5's has
-    one anyway), so that "5" is not likelier than "50" by being its beginning. Each prompt is read once. All first choices are read
-    after the prompts, then all second ones in their place, and so on.
+    prompts: N texts. choices: N lists of texts. end: a choice of a decoder-only model ends with its
+    end token, as a T5's always does; without it "5" would be likelier than "50". Each prompt is
+    read once. All first choices are read after the prompts, then all second ones in their place,
+    and so on.
     """
     device = model.device_of(lm)
     prompt_ids = token_cache.prompts(prompts)

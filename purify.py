@@ -30,7 +30,8 @@ import model
 
 
 class Purifier:
-    """What the training loop calls: `fit` once, `rationales` before each step, `feedback` after it.
+    """What the training loop calls: `open` and `fit` once, `rationales` before each step, `feedback`
+    after it.
 
     Most purifiers have all rationales before training: they override `purify` alone, or
     `Choice.choose`. The others (rl) override `fit` and `rationales`.
