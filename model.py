@@ -856,7 +856,7 @@ def load(path, device="cpu", dtype=None):
         kind in known,
         f"{path}/config.json: model_type {kind!r} is not supported; take one of {', '.join(known)}")
     why = "quantised weights are not read; take the checkpoint as it was before"
-    require("quantization_config" not in config, f"{path}: {why}")
+    require(not config.get("quantization_config"), f"{path}: {why}")
     try:
         with torch.device("meta"):  # its shape, without memory
             lm = ARCHITECTURES[kind][0](config)

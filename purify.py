@@ -227,8 +227,8 @@ class Routing(Choice):
     """A router, fitted on the teachers' scores of training questions (--fit-questions of them), or
     taken from another run (--router), which needs nobody's scores here.
 
-    What is kept is what it was fitted on: fitting it again takes seconds and gives the same router. The
-    embedding of PROBE shows later whether the encoder is still the same.
+    What is kept is what it was fitted on: fitting it again takes seconds and gives the same router.
+    The embedding of PROBE shows later whether the encoder is still the same.
     """
 
     needs_encoder = True
