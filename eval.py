@@ -354,8 +354,10 @@ def train_all(args):
         for seed in range(args.seeds):
             folder = folder_of(args, arguments, seed)
             folders.append((label, folder))
-            command = [*words_of(args, arguments), "--seed", str(seed), "--out", str(folder)]
+            command = ["--seed", str(seed), "--out", str(folder), *words_of(args, arguments)]
             asked = train.parse_args(command)
+            own = (asked.seed, asked.out, asked.resume, asked.overwrite) == (seed, str(folder), False, False)
+            require(own, f"--compare {arguments}: leave --seed, --out, --resume and --overwrite to eval.py")
             train.settle(asked)
             same = is_run_of(folder, asked)
             if not (same and (folder / "result.json").exists()):
@@ -382,7 +384,7 @@ def is_run_of(folder, asked):
     """Tell whether this folder holds a run with just these arguments."""
     config = folder / "config.json"
     before = model.read_json(config) if config.exists() else {}
-    same = [before.get(name, value) == value for name, value in vars(asked).items()]
+    same = [name == "out" or before.get(name, value) == value for name, value in vars(asked).items()]
     return bool(before) and all(same)
 
 
@@ -445,10 +447,11 @@ def read_tables(paths):
     pairs = {}
     for path in paths:
         for run in model.read_json(path)["runs"]:
-            rows.setdefault(run["label"], []).append(run)
+            known = rows.setdefault(run["label"], [])
+            require(run not in known, f"{path}: a run of {run['label']!r} is in another file too")
+            known.append(run)
             pairs.setdefault(run["label"], []).append((path, run["seed"]))
     complete = max(pairs.values(), key=len)
-    require(len(set(complete)) == len(complete), f"{paths[0]}: a run or a file is there twice")
     for label in pairs:
         if pairs[label] != complete:
             model.say_once(f"note: {label!r} is left out: other rows have other files or seeds")

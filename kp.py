@@ -459,7 +459,7 @@ def weigh_choices(sums, lengths, per_token):
     The sum is the probability of the choice as a text, what the student is trained for: so it is
     the default. It favours short choices; per token long ones have no handicap.
     """
-    return [s / n for s, n in zip(sums, lengths)] if per_token else sums
+    return [s / max(n, 1) for s, n in zip(sums, lengths)] if per_token else sums
 
 
 def write(lm, tokenizer, prompts, max_new_tokens, batch_tokens=BATCH_TOKENS):
@@ -659,6 +659,8 @@ class CheckpointTeacher:
 
         # What these weights have said.
         weights = model.weight_files(self.folder)
+        for file in weights:
+            model.read_tensors(file)  # raises where it is damaged; nothing is read yet
         self.size = sum(file.stat().st_size for file in weights)
         decisive = [self.folder / "config.json", self.folder / "tokenizer.json", *weights]
         self.said = Said(Path(cache) / fingerprint(decisive)[:16] / "said.jsonl")
@@ -793,7 +795,8 @@ class CheckpointTeacher:
 
     def write(self, ids):
         """Yield {"text", "wrote"} for each question of a batch."""
-        for text, n in write(self.lm(), self.tokenizer, ids, self.asking.max_new_tokens):
+        limits = self.asking.max_new_tokens, self.asking.batch_tokens
+        for text, n in write(self.lm(), self.tokenizer, ids, *limits):
             yield dict(text=text, wrote=n)
 
 
@@ -958,4 +961,4 @@ class Judge:
         for q, r in zip(questions, rationales):
             prompts.append(scorer.frame(score_prompt(q, rationale=r)))
         records = scorer.look_up("score", asked, prompts)
-        return [record["logps"][0] / record["lengths"][0] for record in records]
+        return [record["logps"][0] / max(record["lengths"][0], 1) for record in records]

@@ -368,12 +368,16 @@ class Aggregation(Purifier):
         super().open()
         if self.args.aggregator or not self.args.tune_aggregator:
             self.writer = self.teachers.open_another(self.args.aggregator)
+        if self.args.tune_aggregator:
+            model.require(len(self.lessons()) > 1, "aggregate needs two questions to fit on")
+
+    def lessons(self):
+        return self.questions_to_fit_on(default=2000)
 
     def purify(self, questions):
         if not self.args.tune_aggregator:
             return self.ask(questions)
-        fit = self.questions_to_fit_on(default=2000)
-        model.require(len(fit) > 1, "aggregate needs two questions to fit on")
+        fit = self.lessons()
         purified = {}
         for half in (fit[0::2], fit[1::2]):
             seen = {*half, *purified}  # taught to this one, or written by the first one
@@ -792,7 +796,7 @@ class PlackettLuceRouter(Router):
 
     tau: float | None = None  # None: fit chooses one of `taus`
     prior: float = 0.01
-    steps: int = 100  # MM steps
+    steps: int = 100  # MM steps; more sharpen xi a little, and pick the same teachers
     sample: int = 2048  # how many training questions choose tau; with fewer, chance does
     seed: int = 0
 

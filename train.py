@@ -128,6 +128,7 @@ import fcntl
 import json
 import math
 import random
+import shlex
 import signal
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -225,6 +226,8 @@ def settle(args):
     kind = purify.PURIFIERS[args.purifier]
     routes = issubclass(kind, purify.Routing)
     require(routes or not args.router, f"--router: --purifier {args.purifier} is no router")
+    gives_all = issubclass(kind, purify.TinyLLM)
+    require(gives_all or not args.teacher_prefixes, "--teacher-prefixes: is for --purifier none")
     checks = issubclass(kind, purify.Reinforced)
     require(not (checks and args.teacher_forcing), "--teacher-forcing: rl checks who was right")
     args.device = pick_device(args.device)
@@ -303,6 +306,8 @@ def open_teachers(args, folder, data, open_another, ranks):
     require(args.teacher < n, f"--teacher {args.teacher}: there are {n} teachers, numbered from 0")
     needed = ["train", "ood/train"] if args.ood else ["train"]
     judge = kp.Judge(lambda: open_another(args.scorer))
+    if args.scorer and open_another:  # a bad one ends a run before it begins
+        judge.open_scorer()
 
     reading = Lock()  # one file of texts at a time: in turns threads would only slow each other down
 
@@ -457,6 +462,8 @@ class Run:
         except OSError:
             why = "another run is writing there; wait for its end or give another --out"
             raise BadInput(f"{self.folder}: {why}") from None
+        for left_over in self.folder.rglob(".*.tmp"):  # by a kill while it was written
+            left_over.unlink()
 
     def begin(self):
         """Make the folder ready: new or cleared, or with --resume as it is."""
@@ -464,12 +471,15 @@ class Run:
         settings = {"format": FORMAT, "nproc_per_node": self.ranks.count, **vars(self.args)}
         del settings["resume"], settings["overwrite"]
         before = model.read_config(self.folder) if config.exists() else settings
+        why = "its config.json is no run's, perhaps a model's; give another --out"
+        require("purifier" in before, f"{self.folder}: {why}")
         if self.args.resume or self.ranks.restarts != "0":
             for name, value in settings.items():
                 was = before.get(name, value)
                 why = f"begun with --{name.replace('_', '-')} {was}, not {value}; --resume takes the same"
                 printed = name == "nproc_per_node" and self.result.exists()  # a finished run is only printed
-                require(was == value or printed, f"{self.folder}: {why}")
+                moved = name == "out"  # or the same folder by another path
+                require(was == value or printed or moved, f"{self.folder}: {why}")
             if self.checkpoint.exists() or self.result.exists():
                 return
         elif config.exists() and not self.result.exists():
@@ -593,6 +603,9 @@ class Run:
         whole = metadata.get("checksum") == model.checksum(text, tensors)
         require(whole, f"{self.checkpoint}: {why}")
         progress = json.loads(text)
+        size = self.metrics.stat().st_size if self.metrics.exists() else 0
+        whole = size >= progress["log_bytes"]
+        require(whole, f"{self.metrics}: its end is lost; start anew with --overwrite")
         model.restore_state(tensors, student=student, optimizer=optimizer)
         purifier.restore(model.part_of(tensors, "purifier"), progress["step"])
         self.seconds.update(progress["seconds"])
@@ -733,8 +746,9 @@ def print_shares(shares):
     width = max(map(len, shares))
     for label, row in shares.items():
         if row:
-            print(f"  {label:<{width}}" + "".join(f"{task:>11}" for task in row))
-            print(" " * (width + 2) + "".join(f"{share:>11.3f}" for share in row.values()))
+            columns = [(task, share, max(11, len(task) + 1)) for task, share in row.items()]
+            print(f"  {label:<{width}}" + "".join(f"{task:>{n}}" for task, _, n in columns))
+            print(" " * (width + 2) + "".join(f"{share:>{n}.3f}" for _, share, n in columns))
 
 
 def print_result(result):
@@ -773,7 +787,7 @@ def main(args):
     print_result(result)
     if args.data and args.student == "tiny":
         print("  note: a tiny student is near chance on real text; take --student DIR")
-    print(f"  saved in {args.out}; look closer with: python eval.py {args.out} --show 5")
+    print(f"  saved in {args.out}; look closer with: python eval.py {shlex.quote(args.out)} --show 5")
 
 
 if __name__ == "__main__":

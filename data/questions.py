@@ -66,6 +66,7 @@ def read_questions(file, split="", taken=None):
         why = f"is not among the {len(choices)} choices; give its text or index"
         require(answer is not None, f"{place}: the answer {row.get('answer')!r} {why}")
         task = sys.intern(str(row.get("task", folder)))  # one text for all its questions
+        require(task != "mean", f"{place}: a task cannot be called 'mean'; rename it")
         name = str(row.get("id", len(questions)))
         if name in taken and split:
             name = f"{split}:{name}"

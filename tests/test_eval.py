@@ -101,7 +101,13 @@ def test_compare_runs_what_is_missing_and_nothing_twice(world, teacher_folders, 
     started = []
     monkeypatch.setattr(evaluation, "start", lambda command, jobs: started.append(command))
     evaluation.main(evaluation.parse_args(arguments))
+    evaluation.main(evaluation.parse_args([*arguments, "--out", f"{tmp_path}/."]))  # the same folder
     assert not started
+    shutil.copy(file, tmp_path / "copy.json")
+    with pytest.raises(model.BadInput, match="copy.json: a run of '--purifier random .* is in another file too"):
+        evaluation.main(evaluation.parse_args(["--from", str(file), str(tmp_path / "copy.json")]))
+    with pytest.raises(model.BadInput, match="leave --seed, --out, --resume and --overwrite"):
+        evaluation.main(evaluation.parse_args([*arguments, "--compare", "--purifier random --seed 5"]))
     (folder / "result.json").unlink()
     with pytest.raises(model.BadInput, match="no such file"):  # nothing writes it here
         evaluation.main(evaluation.parse_args(arguments))

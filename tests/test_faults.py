@@ -18,11 +18,12 @@ import subprocess
 import sys
 import tempfile
 import time
+import traceback
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import ONE_THREAD, ROOT, TWO_RANKS, make_world, read_lines, torchrun
+from conftest import ONE_THREAD, ROOT, TWO_RANKS, dying_at_step, make_world, read_lines, torchrun
 from safetensors.torch import load_file, save_file
 
 import model
@@ -440,9 +441,34 @@ def test_a_loss_that_is_not_finite_stops_the_run(world, tmp_path, capsys, purifi
     assert not (tmp_path / "run" / "student").exists()
 
 
+@pytest.mark.parametrize("flag", ["--resume", "--overwrite"])
+def test_a_model_s_folder_is_no_run_s(world, tmp_path, capsys, flag):
+    shutil.copytree(world / "student", tmp_path / "run")
+    before = (tmp_path / "run" / "config.json").read_bytes()
+    assert "no run's, perhaps a model's" in one_line(given(world, tmp_path, flag), capsys)
+    assert (tmp_path / "run" / "config.json").read_bytes() == before
+
+
+def test_what_a_kill_left_is_cleared_and_a_lost_log_is_told(world, tmp_path, capsys):
+    arguments = [*map(str, given(world, tmp_path, "--purifier", "answers"))]
+    with dying_at_step(8):
+        train.main(train.parse_args(arguments))
+    run = tmp_path / "run"
+    (run / ".checkpoint.safetensors.77.tmp").write_bytes(b"half")
+    metrics = run / "metrics.jsonl"
+    lines = metrics.read_bytes()
+    metrics.write_bytes(lines[:100])
+    with pytest.raises(model.BadInput, match="metrics.jsonl: its end is lost") as lost:
+        train.main(train.parse_args([*arguments, "--resume"]))
+    traceback.clear_frames(lost.tb)  # they hold the lock of the run
+    metrics.write_bytes(lines)
+    train.main(train.parse_args([*arguments, "--resume", "--out", f"{run}/../run"]))  # the same folder
+    assert (run / "result.json").exists() and not list(run.rglob(".*.tmp"))
+
+
 def test_a_run_of_another_format_is_not_gone_on_with(world, tmp_path, capsys):
     (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "config.json").write_text('{"format": 99}')
+    (tmp_path / "run" / "config.json").write_text('{"format": 99, "purifier": "router"}')
     line = one_line(given(world, tmp_path, "--resume"), capsys)
     assert "begun with --format 99, not 3" in line
 
@@ -450,7 +476,7 @@ def test_a_run_of_another_format_is_not_gone_on_with(world, tmp_path, capsys):
 def test_another_number_of_processes_does_not_go_on(world, tmp_path, capsys):
     """Each step's batch would be another one."""
     (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "config.json").write_text('{"format": 3, "nproc_per_node": 2}')
+    (tmp_path / "run" / "config.json").write_text('{"format": 3, "nproc_per_node": 2, "purifier": "router"}')
     line = one_line(given(world, tmp_path, "--resume"), capsys)
     assert "begun with --nproc-per-node 2, not 1" in line
 

@@ -344,6 +344,8 @@ def test_a_folder_without_data_sets_is_named(tmp_path):
 def test_null_is_as_if_it_were_not_there_and_of_equal_choices_the_first_is_right(tmp_path):
     row = dict(id=None, task=None, truth=None, text="Which?", choices=["x", "y", "x"], answer=2)
     (q,) = read_questions(write_lines(tmp_path / "d" / "q.jsonl", [row]))
+    with pytest.raises(BadInput, match="task cannot be called 'mean'"):
+        read_questions(write_lines(tmp_path / "d" / "r.jsonl", [row | {"task": "mean"}]))
     assert q == kp.Question("0", "d", "Which?", ("x", "y", "x"), 0)
     assert kp.is_right("So the answer is x.", q)
 

@@ -522,6 +522,9 @@ def test_bad_arguments_end_with_one_line(world, teacher_folders, tmp_path, argum
         (["--dtype", "int8"], ["--dtype", "int8"]),
         (["--purifier", "none", "--router", "nowhere"], ["--router", "none is no router"]),
         (["--purifier", "rl", "--teacher-forcing"], ["--teacher-forcing", "rl"]),
+        (["--purifier", "router", "--teacher-prefixes"], ["--teacher-prefixes", "--purifier none"]),
+        (["--purifier", "aggregate", "--tune-aggregator", "3", "--fit-questions", "1"], ["two questions to fit on"]),
+        (["--scorer", "nowhere"], ["nowhere", "no such folder"]),
     ],
 )
 def test_what_cannot_work_ends_with_one_line(world, teacher_folders, tmp_path, arguments, says, capsys):
@@ -537,6 +540,11 @@ def without(name):
     return lambda folder: (folder / name).unlink()
 
 
+def cut(folder):
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+
+
 def of_another_kind(folder):
     (folder / "config.json").write_text('{"model_type": "gpt2"}')
 
@@ -548,6 +556,7 @@ def of_another_kind(folder):
         (without("tokenizer.json"), "tokenizer.json"),
         (without("model.safetensors"), "model.safetensors"),
         (of_another_kind, "gpt2"),
+        (cut, "model.safetensors: not readable"),
     ],
 )
 def test_a_spoilt_teacher_is_named_before_anything_is_written(
@@ -726,7 +735,7 @@ def test_a_router_that_does_not_fit_is_refused(world, teacher_folders, tmp_path)
 
 
 @pytest.mark.parametrize("purifier", ["router", "none", "rl-verified"])
-def test_teachers_that_are_texts_and_a_checkpoint_together(world, teacher_folders, tmp_path, purifier):
+def test_teachers_that_are_texts_and_a_checkpoint_together(world, teacher_folders, tmp_path, purifier, monkeypatch):
     """Three files with their own scores and one checkpoint: none of the files needs a scoring LM."""
     data = tmp_path / "data"
     shutil.copytree(world, data, ignore=shutil.ignore_patterns("teachers", "ood"))
@@ -738,8 +747,8 @@ def test_teachers_that_are_texts_and_a_checkpoint_together(world, teacher_folder
             rows.append(dict(id=q["id"], rationale=text, score=0.9 if i % 3 == m else 0.1))
         paths.append(write_lines(tmp_path / f"{name}.jsonl", rows))
     paths.insert(1, teacher_folders[1])
-    how = ["--purifier", purifier, "--scorer", str(tmp_path / "nowhere")]
-    folder = run(data, paths, tmp_path, *how)
+    monkeypatch.setattr(kp.Judge, "logps", lambda *rest: pytest.fail("the scorer was asked"))
+    folder = run(data, paths, tmp_path, "--purifier", purifier)
     result = result_of(folder)
     assert result["teachers"] == ["gpt", "llama-2", "claude", "gemini"]
     given = [row["rationales"] for row in read_lines(folder / "purified.jsonl")]
