@@ -3,6 +3,7 @@
 Teachers that are texts: test_questions.py.
 """
 
+from collections import Counter
 from dataclasses import replace
 
 import pytest
@@ -51,6 +52,9 @@ def test_conclusion(text, index):
     ("the answer is to build nests.", ("to  sing", "to  build nests"), 1),
     ("so the answer  is\n yes", ("no", "yes"), 1),
     ("the answer is an (a)", ("x", "y"), 0),
+    ("So the answer is the moon.", ("moon base", "the moon"), 1),  # its article is the choice's own
+    ("So the answer is a dog.", ("cat", "dog"), 1),  # no letter
+    ("The answer is oak_moss.", ("oak", "moss"), None),
 ])  # fmt: skip
 def test_marks_around_a_conclusion_do_not_count(text, choices, index):
     assert kp.conclusion(text, choices) == index
@@ -117,6 +121,10 @@ def test_alpha_is_the_weight_of_each_rationale(world, teacher_folders):
     loss = kp.dual_loss(student, kp.TokenCache(tokenizer), questions, rationales, 1.0, alpha=0.3)
     expected = loss.answer.mean() + 0.3 * loss.rationale[:3].sum() / 2
     assert loss.total.item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_teachers_have_prefixes_from_1_on_or_one_for_all():
+    assert kp.explain_prefixes(2) == ["explain 1", "explain 2"] and kp.explain_prefixes(0) == ["explain"]
 
 
 def test_an_empty_rationale_teaches_nothing(world, teacher_folders):
@@ -425,6 +433,15 @@ def test_exact_match_is_the_generated_text(world, teacher_folders, monkeypatch):
     assert result == {"metals": 0.5, "rocks": 0.0, "mean": 0.25}
 
 
+def test_exact_match_takes_what_was_taught_for_the_choice(monkeypatch):
+    """Of two spaces this tokenizer teaches one."""
+    tokenizer = word_tokenizer()
+    tokenizer.add_special_tokens(["</s>"])
+    q = kp.Question("1", "t", "Which?", ("oak  trout", "oak"), 0)
+    monkeypatch.setattr(kp, "say", lambda *rest: ["oak trout"])
+    assert kp.exact_match(None, kp.TokenCache(tokenizer), [q])["t"] == 1.0
+
+
 @pytest.mark.parametrize("teacher", [0, 1, 2, 3])
 def test_choices_score_as_if_each_were_read_alone(world, teacher_folders, teacher):
     lm, tokenizer = model.load(teacher_folders[teacher])
@@ -471,6 +488,19 @@ def test_accuracy_counts_the_likeliest_choice(world, teacher_folders):
 
 
 # -------------------------------------------------------------------------------------------- teachers
+
+
+@pytest.mark.parametrize("per_token", [False, True])
+def test_a_score_is_the_share_of_the_right_choice(tmp_path, per_token):
+    """Also beside a question with more choices."""
+    folder = a_teacher(tmp_path / "t", chat_tokenizer())
+    (teacher,) = open_teachers([folder], tmp_path, kp.Asking(per_token=per_token)).teachers
+    questions = [TROUT, kp.Question("2", "t", "Which one?", ("a stone", "a salmon", "no"), 2)]
+    token_cache = kp.TokenCache(teacher.tokenizer, kp.NO_LIMIT)
+    for q, score in zip(questions, teacher.scores(questions)):
+        (sums,), (lengths,) = kp.choice_logps(teacher.lm(), token_cache, [kp.score_prompt(q)], [q.choices])
+        logps = torch.tensor(sums) / (torch.tensor(lengths) if per_token else 1)
+        assert score == pytest.approx(logps.softmax(0)[q.answer].item(), abs=1e-5)
 
 
 def test_a_rationale_is_what_the_teacher_writes_alone(world, teacher_folders, tmp_path):
@@ -704,6 +734,37 @@ def test_a_teachers_examples_are_its_own_right_rationales(tmp_path):
     assert with_all.endswith(kp.rationale_prompt(TROUT))
 
 
+def test_examples_are_drawn_for_each_question_from_its_own_task(tmp_path, monkeypatch):
+    examples = [kp.Question(f"e{i}", "tu"[i % 2], f"Is it {i}?", ("yes", "no"), 0) for i in range(40)]
+    folder = a_teacher(tmp_path / "t", chat_tokenizer(), max_position_embeddings=4000)
+    teacher, other = [
+        kp.CheckpointTeacher(folder, tmp_path, kp.Asking(shots=2, seed=seed), examples) for seed in (0, 1)
+    ]
+    tried = teacher.tried([TROUT])
+    assert len(tried) == kp.TRIED and {e.task for e in tried} == {"t"} and tried != other.tried([TROUT])
+    asked = []
+    look_up = teacher.look_up
+    monkeypatch.setattr(teacher, "look_up", lambda *rest: asked.extend(rest[2]) or look_up(*rest))
+    questions = [replace(TROUT, id=str(i), task="tu"[i % 2]) for i in range(6)]
+    teacher.scores(questions)
+    shown = []
+    for q, prompt in zip(questions, asked):
+        shown.append({e.id for e in examples if e.task == q.task and kp.solved(e) in prompt})
+        assert len(shown[-1]) == 2 and prompt.count("Question: ") == 3
+    assert shown[0] != shown[2]
+
+
+def test_examples_tell_the_answer_too(tmp_path):
+    examples = [kp.Question("e", "t", "Is it?", ("yes", "no"), 0)]
+    folder = a_teacher(tmp_path / "t", chat_tokenizer())
+    (teacher,) = open_teachers([folder], tmp_path, kp.Asking(shots=1, tell_answer=True), examples).teachers
+    given = []
+    teacher.texts = lambda questions, examples: given.extend(examples) or ["So the answer is yes."]
+    teacher.rationales([TROUT])
+    ((_, text),) = given
+    assert text == f"{kp.rationale_prompt(examples[0], tell_answer=True)} So the answer is yes.\n\n"
+
+
 def test_a_question_cannot_speak_in_special_tokens(tmp_path):
     tokenizer = chat_tokenizer(*HEADER_TOKENS)
     teachers = open_teachers([a_teacher(tmp_path / "t", tokenizer, LLAMA_3)], tmp_path)
@@ -752,6 +813,51 @@ def test_a_long_prompt_loses_examples_never_the_question(tmp_path, capsys):
     long = kp.Question("3", "t", "Which one? " * 50, ("oak", "trout"), 1)
     (prompt,) = teacher.prompts([long], kp.rationale_prompt, {})
     assert prompt == kp.rationale_prompt(long)
+
+
+def test_a_teacher_writes_within_batch_tokens(tmp_path, monkeypatch):
+    folder = a_teacher(tmp_path / "t", chat_tokenizer())
+    (teacher,) = open_teachers([folder], tmp_path, kp.Asking(max_new_tokens=10, batch_tokens=400)).teachers
+    held = []
+
+    def write(ids):
+        held.append(len(ids) * (max(map(len, ids)) + 10))
+        return [dict(text="", wrote=1)] * len(ids)
+
+    monkeypatch.setattr(teacher, "write", write)
+    teacher.rationales([replace(TROUT, id=str(i), text=f"Which {i}?") for i in range(9)])
+    assert len(held) > 1 and max(held) <= 400
+
+
+def test_another_config_or_tokenizer_has_another_cache(tmp_path):
+    folder = a_teacher(tmp_path / "t", chat_tokenizer())
+    files = {kp.CheckpointTeacher(folder, tmp_path).said.path}
+    chat_tokenizer("<x>").save(str(folder / "tokenizer.json"))
+    files.add(kp.CheckpointTeacher(folder, tmp_path).said.path)
+    config = model.read_json(folder / "config.json")
+    model.write_json(folder / "config.json", {**config, "eos_token_id": 5})
+    files.add(kp.CheckpointTeacher(folder, tmp_path).said.path)
+    assert len(files) == 3
+
+
+def test_a_judge_is_no_teacher_pays_once_and_leaves_memory(tmp_path):
+    """It asks for the right choice alone, after a prompt that a teacher of these weights has read too."""
+    folder = a_teacher(tmp_path / "t", chat_tokenizer())
+    alone = kp.Judge(lambda: kp.CheckpointTeacher(folder, tmp_path / "a"))
+    expected = alone.scores([TROUT], ["It has gills."], Counter())
+    kp.CheckpointTeacher(folder, tmp_path / "b").scores([TROUT])
+    scorer = kp.CheckpointTeacher(folder, tmp_path / "b")
+    judge = kp.Judge(lambda: scorer)
+    first, second = Counter(), Counter()
+    assert judge.scores([TROUT], ["It has gills."], first) == expected
+    judge.scores([TROUT], ["It swims."], second)
+    assert first + second == scorer.ledger and scorer.loaded is None
+
+
+def test_a_ready_text_is_counted_once():
+    teacher = kp.TextTeacher("a", {"1": "It has gills."}, {}, None)
+    assert teacher.rationales([TROUT]) == teacher.rationales([TROUT]) == ["It has gills."]
+    assert teacher.ledger == {"rationale_wrote": 3}
 
 
 def test_the_cache_holds_one_line_an_answer(world, teacher_folders, tmp_path):

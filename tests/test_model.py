@@ -562,6 +562,12 @@ def test_pad_and_by_length():
     assert model.by_length(["cc", "b"], 9, limit=7, held=lambda text: 4 * len(text)) == [[0], [1]]
 
 
+def test_token_ids_of_more_than_a_thousand_texts():
+    _, tokenizer, _, _ = load("t5")
+    texts = [("birds " * (i % 3)).strip() for i in range(2001)]
+    assert model.token_ids(tokenizer, texts) == [tokenizer.encode(text).ids for text in texts]
+
+
 def test_keep_end_keeps_the_first_ids_and_the_end():
     assert model.keep_end([1, 2, 3], 3) == [1, 2, 3]
     assert model.keep_end([1, 2, 3, 4, 5], 3) == [1, 4, 5]
@@ -838,6 +844,8 @@ BAD = {  # what is done to a copy of a fixture: (fixture, change of the folder, 
     "index parent": ("llama-3.1", lambda d: index(d, lambda v: {MAP: {"a": ".."}}), "which is not in the folder"),
     "missing tensor": ("llama-2", lambda d: weights(d, lambda t: t.pop(Q)), f"tensor {Q} is missing"),
     "missing two": ("llama-2", lambda d: weights(d, lambda t: (t.pop(Q), t.pop("lm_head.weight"))), "and 1 more"),
+    "left-over and ignored": ("t5", lambda d: weights(d, lambda t: t.update(
+        {"encoder.embed_tokens.weight": torch.ones(2), "extra": torch.ones(2)})), "extra has no place"),
     "left-over tensor": ("llama-2", lambda d: weights(d, lambda t: t.update(bias=torch.ones(2))), "bias has no place"),
     "fewer layers": ("llama-2", lambda d: edit_config(d, num_hidden_layers=1), "has no place in"),
     "wrong shape": ("llama-2", lambda d: edit_config(d, intermediate_size=25), "is (24, 16), config.json says (25,"),
@@ -847,6 +855,8 @@ BAD = {  # what is done to a copy of a fixture: (fixture, change of the folder, 
     "infinite": ("llama-2", lambda d: weights(d, lambda t: nan(t, Q, -math.inf)), INFINITE),
     "NaN in bfloat16": ("llama-3.2", lambda d: weights(d, lambda t: nan(t, Q)), INFINITE),
     "quantised": ("llama-2", lambda d: weights(d, lambda t: t.update({Q: t[Q].char()})), f"tensor {Q} is stored as"),
+    "quantised to float8": ("llama-2", lambda d: weights(d, lambda t: t.update(
+        {Q: t[Q].to(torch.float8_e4m3fn)})), f"tensor {Q} is stored as"),
     "quantised, it says": ("llama-2", lambda d: edit_config(d, quantization_config={"bits": 4}), "quantised weights are"),
     "other activation": ("llama-2", lambda d: edit_config(d, hidden_act="gelu"), "hidden_act must be 'silu'"),
     "T5 activation": ("t5", lambda d: edit_config(d, feed_forward_proj="gated-mish"), "feed_forward_proj"),
@@ -868,7 +878,7 @@ SETTINGS = {  # of config.json, refused by their name before memory is taken for
         ("tie_word_embeddings", "yes")),
     "t5": (
         ("num_layers", 10**9), ("d_model", 10**9), ("num_heads", "3"), ("d_kv", -6),
-        ("relative_attention_num_buckets", 2), ("relative_attention_num_buckets", 300),
+        ("relative_attention_num_buckets", 3), ("relative_attention_num_buckets", 32),
         ("num_decoder_layers", 10**8), ("dropout_rate", 2), ("decoder_start_token_id", 10**5)),
     "qwen2": (("use_sliding_window", True), ("attention_bias", 1)),
     "bert": (("num_attention_heads", 3), ("hidden_size", 10**9), ("max_position_embeddings", -1)),

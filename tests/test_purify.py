@@ -14,11 +14,14 @@ from purify import (
     ClassifierRouter,
     ClassifierRouting,
     PlackettLuceRouter,
+    Purifier,
+    RandomTeacher,
     VerifiedReinforced,
     Reinforced,
     SimilarityRouter,
     TaskTeacher,
     best_teacher,
+    fit_early_stopped,
 )
 
 ROUTERS = [SimilarityRouter, PlackettLuceRouter, ClassifierRouter]
@@ -395,6 +398,25 @@ def test_similarity_router_starts_from_the_mean_and_knows_its_parameters():
     assert torch.allclose(router.route(x), F.softmax(cos / router.tau_route, dim=1), atol=1e-5)
 
 
+@pytest.mark.parametrize("setting", [dict(lam=1.0), dict(lam=0.0), dict(top_k=2)])
+def test_similarity_router_hears_its_settings(setting):
+    x, s = clusters(100)
+    usual = SimilarityRouter(steps=20).fit(x, s).route(x)
+    assert not torch.equal(SimilarityRouter(steps=20, **setting).fit(x, s).route(x), usual)
+
+
+def test_the_learning_rate_is_that_of_256_dimensions():
+    """Of 64 dimensions it is twice as high; a step of AdamW moves a weight by it, less some decay."""
+    router = SimpleNamespace(lr=0.01, batch=8, steps=1)
+    weight = torch.nn.Parameter(torch.tensor([5.0]))
+
+    def loss(rows):
+        return weight.sum()
+
+    fit_early_stopped(router, [weight], loss, loss, torch.zeros(4, 64), seeded())
+    assert 5 - weight.item() == pytest.approx(0.02 + 0.02 * 0.01 * 5, abs=1e-4)
+
+
 def test_similarity_router_is_not_overconfident():
     g = seeded()
     x = torch.randn(600, 16, generator=g)
@@ -511,6 +533,45 @@ def test_rl_s_step_is_the_gradient_of_the_expected_reward():
     assert torch.allclose(expected, exact, atol=1e-6)
 
 
+def test_rl_corrects_for_a_policy_that_moved_on():
+    """pi_now / pi_then is 3, which counts as 2, and 1/2. Rewards count above the baseline."""
+    policy = Bandit(1, batch=2).policy()
+    policy.ENTROPY = 0.0
+    policy.baseline = 0.3
+    policy.picks = torch.tensor([[0, 1]])
+    policy.rewards = torch.tensor([[1.0, 0.5]])
+    chosen = policy.log_policy(policy.visited[0])[[0, 1], [0, 1]]
+    policy.logp = (chosen.detach() - torch.tensor([3.0, 0.5]).log())[None]
+    gain = (2 * 0.7 * chosen[0] + 0.5 * 0.2 * chosen[1]) / 2
+    (expected,) = torch.autograd.grad(-gain, policy.policy[2].weight)
+    policy.learn(0)
+    assert torch.allclose(policy.policy[2].weight.grad, expected, atol=1e-6)
+
+
+def test_rl_verified_rewards_what_is_right_and_a_little_what_is_easy():
+    bandit = Bandit(1, batch=4)
+    policy = bandit.policy()
+    policy.rationales(0)
+    right = bandit.right[bandit.visits[0], policy.picks[0]].float()
+    easy = torch.tensor([1.0, 2.0, 3.0, 6.0])  # the losses: mean 3, deviation sqrt(3.5)
+    expected = right - 0.1 * (easy - 3) / 3.5**0.5
+    assert torch.allclose(policy.reward(0, losses_on(easy)), expected, atol=1e-4)
+
+
+def test_rl_draws_anew_and_learns_again_from_earlier_steps(monkeypatch):
+    bandit = Bandit(20)
+    bandit.visits = bandit.visits[:1] * 20
+    policy = bandit.policy()
+    learned = []
+    monkeypatch.setattr(policy, "learn", lambda step: learned.append(step) or torch.tensor(0.0))
+    for step in range(12):
+        policy.rationales(step)
+        del learned[:]
+        policy.feedback(step, losses_on(torch.rand(16, generator=seeded())))
+    assert learned[0] == 11 and len(set(learned)) == 5 and max(learned[1:]) < 11
+    assert not torch.equal(policy.picks[:10], policy.picks[10:])  # the same questions, by the same policy
+
+
 def test_rl_goes_on_from_its_state_as_if_it_had_not_stopped():
     bandit = Bandit(25)
     whole, _ = play(bandit, 25)
@@ -618,6 +679,15 @@ def test_a_bfloat16_checkpoint_is_tuned_in_float32(world, teacher_folders, monke
     assert results[0] == results[1]
 
 
+def test_a_classifier_s_last_head_is_fitted_on_the_tuned_encoder(world, teacher_folders, monkeypatch):
+    monkeypatch.setattr(ClassifierRouting, "STEPS", 3)
+    questions = read_questions(world / "train.jsonl")[:8]
+    lm, tokenizer = model.load(teacher_folders[0])
+    made = fitted(ClassifierRouting, questions, lambda path: (lm, tokenizer), fit_questions=6)
+    texts = [kp.with_choices(q) for q in made.questions_to_fit_on()]
+    assert torch.allclose(made.kept()["embeddings"], model.embed(lm, tokenizer, texts), atol=1e-5)
+
+
 @pytest.mark.parametrize("rationale, shuffles", [("so it is yes", True), ("so the answer is (b)", False)])
 def test_choices_are_not_shuffled_under_the_letters_of_rationales(teacher_folders, monkeypatch, rationale, shuffles):
     choices = ("yes", "no", "maybe", "never")
@@ -632,6 +702,49 @@ def test_choices_are_not_shuffled_under_the_letters_of_rationales(teacher_folder
     made = Aggregation(args, questions, [[0]], questions, teachers, None)
     made.tune(lm, kp.TokenCache(tokenizer), questions)
     assert (len(seen) > 1) == shuffles
+
+
+def test_an_aggregator_is_taught_what_the_best_teacher_wrote(teacher_folders, monkeypatch):
+    questions = [kp.Question(str(i), "t", f"question {i}?", ("yes", "no"), 1) for i in range(4)]
+    lm, tokenizer = model.load(teacher_folders[0])
+    asked = []
+    taught = set()
+    pairs = kp.TokenCache.pairs
+
+    def note(self, lm, prompts, texts):
+        asked.extend(prompts)
+        taught.update(texts)
+        return pairs(self, lm, prompts, texts)
+
+    monkeypatch.setattr(kp.TokenCache, "pairs", note)
+    scores = torch.tensor([[0.1, 0.9]] * 4)
+    said = [["bad", "good"]] * 4
+    teachers = SimpleNamespace(all_rationales=lambda qs: said, scores=lambda qs: scores)
+    args = SimpleNamespace(seed=0, tune_aggregator=2)
+    made = Aggregation(args, questions, [[0]], questions, teachers, None)
+    made.tune(lm, kp.TokenCache(tokenizer), questions)
+    assert taught == {"good"} and not lm.training
+    orders = "Rationale 1: bad Rationale 2: good", "Rationale 1: good Rationale 2: bad"
+    assert all(any(order in prompt for prompt in asked) for order in orders)
+
+
+def test_a_tuned_aggregator_s_tokens_are_counted(monkeypatch):
+    questions = [kp.Question(str(i), "t", f"question {i}?", ("yes", "no"), 0) for i in range(10)]
+    args = SimpleNamespace(seed=0, max_new_tokens=20, batch_tokens=99)
+    made = Aggregation(args, questions, [[0]], questions, texts_of(questions), None)
+    limits = set()
+
+    def write(lm, tokenizer, prompts, *rest):
+        limits.add(rest)
+        return [("so", 3)] * len(prompts)
+
+    monkeypatch.setattr(kp, "write", write)
+    token_cache = kp.TokenCache(train_tokenizer(questions))
+    for half in (questions[:4], questions[4:]):
+        assert made.write(None, token_cache, half) == ["so"] * len(half)
+    prompts = map(kp.aggregation_prompt, questions, made.teachers.all_rationales(questions))
+    read = sum(map(len, token_cache.prompts(prompts)))
+    assert made.ledger == {"aggregator_read": read, "aggregator_wrote": 30} and limits == {(20, 99)}
 
 
 def test_no_purified_text_was_taught_to_its_writer(monkeypatch):
@@ -691,6 +804,35 @@ class Sayings:
 
     def rationales(self, questions, picks):
         return [("the answer is yes", "the answer is no")[m] for m in picks]
+
+
+def test_a_purifier_is_fitted_on_a_draw_of_the_questions_for_that():
+    questions = [kp.Question(str(i), "t", f"question {i}?", ("yes", "no"), 0) for i in range(20)]
+    fit_on = questions[10:]
+
+    def drawn(fit_questions, seed=0, **default):
+        args = SimpleNamespace(seed=seed, fit_questions=fit_questions)
+        return Purifier(args, questions[:10], [], fit_on, None, None).questions_to_fit_on(**default)
+
+    assert len(drawn(4, default=3)) == 4 and set(drawn(4)) <= set(fit_on)
+    assert drawn(4) == drawn(4) != drawn(4, seed=1) and drawn(4) != fit_on[:4]
+    assert len(drawn(None, default=3)) == 3
+    assert sorted(drawn(None), key=fit_on.index) == sorted(drawn(99), key=fit_on.index) == fit_on
+
+
+def test_after_fit_no_embedding_stays_in_memory():
+    made = Purifier(SimpleNamespace(seed=0), [], [], [], None, None)
+    made.embeddings["a text"] = torch.zeros(2)
+    made.close_encoder()
+    assert not made.embeddings
+
+
+def test_a_random_teacher_is_drawn_by_the_seed():
+    def picks(seed):
+        made = RandomTeacher(SimpleNamespace(seed=seed), [], [], [], Sayings(), None)
+        return made.choose(range(30)).tolist()
+
+    assert picks(0) == picks(0) != picks(1) and [1.0, 0.0] in picks(0) and [0.0, 1.0] in picks(0)
 
 
 def test_the_best_teacher_of_each_task_and_of_all_where_a_task_is_new():

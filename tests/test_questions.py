@@ -37,12 +37,15 @@ def test_an_answer_may_be_an_index_or_a_choice(tmp_path):
     by_index, by_text, other = read_questions(write_lines(tmp_path / "q.jsonl", rows))
     assert by_index.answer == by_text.answer
     assert by_index.choices[by_index.answer] == "trout"
+    assert other.text == "Which swims?"  # text comes before question
     assert len({by_index.id, by_text.id, other.id}) == 3  # though the file gives all of them one
 
 
 def test_an_answer_may_be_a_letter(tmp_path):
-    (q,) = read_questions(write_lines(tmp_path / "q.jsonl", [a_question(answer="B")]))
+    rows = [a_question(answer="B"), a_question(choices=["b", "a"], answer="a")]
+    q, lettered = read_questions(write_lines(tmp_path / "q.jsonl", rows))
     assert q.answer == 1
+    assert lettered.right == "a"  # a choice comes before a letter
 
 
 @pytest.mark.parametrize(
@@ -55,6 +58,9 @@ def test_an_answer_may_be_a_letter(tmp_path):
         (a_question(answer=True), "not among"),
         (a_question(choices=["one"]), "choices"),
         (a_question(choices="abc"), "choices"),
+        (a_question(choices=["", "trout"]), "choices"),
+        (a_question(choices=list("abcdefghijk")), "choices"),
+        (a_question(choices=["\ud800", "trout"]), "half a character"),
         (a_question(text=" "), "no question"),
         ("[1, 2]", "no question"),
     ],
@@ -132,6 +138,7 @@ def test_rationales_and_scores_are_read_by_id(tmp_path):
         ([1], "r.jsonl:4: no question has the id"),
         (said("train", 0), "r.jsonl:4: a second rationale for question train-0"),
         (said("valid", 0, rationale=None), "r.jsonl:4: a rationale must be a text"),
+        (said("valid", 0, rationale="\ud800"), "r.jsonl:4: a rationale must be a text"),
         (said("valid", 0, score=1.5), "r.jsonl:4: a score must be a number from 0 to 1, not 1.5"),
         (said("valid", 0, score=-0.1), "r.jsonl:4: a score must be"),
         (said("valid", 0, score="high"), "r.jsonl:4: a score must be"),
