@@ -411,7 +411,8 @@ def test_a_killed_run_goes_on_as_if_it_had_not_been_killed(world, teacher_folder
 
 def a_run(tmp_path, **settings):
     """Return a train.Run without its story."""
-    args = SimpleNamespace(out=str(tmp_path), **{"resume": False, "overwrite": False, **settings})
+    usual = {"purifier": "answers", "resume": False, "overwrite": False}
+    args = SimpleNamespace(out=str(tmp_path), **{**usual, **settings})
     return train.Run(args, train.Ranks("cpu"), train.Stopwatch())
 
 
@@ -446,7 +447,7 @@ def test_a_resumed_run_goes_on_with_its_clock_its_tokens_and_its_log(tmp_path):
 
 def test_a_run_that_begins_anew_keeps_nothing_of_the_one_before(tmp_path):
     for name in ("config.json", "checkpoint.safetensors", "metrics.jsonl", "router.safetensors"):
-        (tmp_path / name).write_text("{}")
+        (tmp_path / name).write_text('{"purifier": "answers"}')
     a_run(tmp_path, overwrite=True)
     assert sorted(file.name for file in tmp_path.iterdir()) == [".lock", "config.json"]
 
