@@ -305,6 +305,7 @@ def open_teachers(args, folder, data, open_another, ranks):
     n = len(paths)
     require(args.teacher < n, f"--teacher {args.teacher}: there are {n} teachers, numbered from 0")
     needed = ["train", "ood/train"] if args.ood else ["train"]
+    examples = [q for split in needed for q in data[split]]  # prompts may show some of these
     judge = kp.Judge(lambda: open_another(args.scorer))
     if args.scorer and open_another:  # a bad one ends a run before it begins
         judge.open_scorer()
@@ -316,7 +317,7 @@ def open_teachers(args, folder, data, open_another, ranks):
             with reading:
                 texts, scores = read_rationales(path, data, needed, args.max_new_tokens)
             return kp.TextTeacher(path.stem, texts, scores, judge)
-        return kp.CheckpointTeacher(path, args.cache, asking(args), data["train"], ranks)
+        return kp.CheckpointTeacher(path, args.cache, asking(args), examples, ranks)
 
     with ThreadPoolExecutor() as pool:  # to hash a large one takes 15 s
         return kp.Teachers(list(pool.map(open_one, map(Path, paths))), open_another)

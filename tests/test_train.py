@@ -220,6 +220,10 @@ def test_ready_texts_are_cut_and_examples_are_training_questions(world, teacher_
     texts, checkpoint = train.open_teachers(args, folder, data, None, train.Ranks("cpu")).teachers
     assert set(texts.said.values()) == {"It is so,"}
     assert checkpoint.examples == data["train"]
+    args.ood = True
+    args.teachers = [teacher_folders[1]]
+    (checkpoint,) = train.open_teachers(args, folder, data, None, train.Ranks("cpu")).teachers
+    assert checkpoint.examples == data["train"] + data["ood/train"]  # an example is of the question's task
 
 
 @pytest.mark.parametrize("how, valid", [([], "valid"), (["--ood"], "ood/valid")])
