@@ -463,8 +463,8 @@ class Run:
         except OSError:
             why = "another run is writing there; wait for its end or give another --out"
             raise BadInput(f"{self.folder}: {why}") from None
-        for left_over in self.folder.rglob(".*.tmp"):  # by a kill while it was written
-            left_over.unlink()
+        for half in self.folder.glob(f".{self.checkpoint.name}.*.tmp"):  # a kill while it was saved
+            half.unlink()
 
     def begin(self):
         """Make the folder ready: new or cleared, or with --resume as it is."""
