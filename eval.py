@@ -452,6 +452,7 @@ def read_tables(paths):
             known.append(run)
             pairs.setdefault(run["label"], []).append((path, run["seed"]))
     complete = max(pairs.values(), key=len)
+    require(len(set(complete)) == len(complete), f"{paths[0]}: a run is there twice")
     for label in pairs:
         if pairs[label] != complete:
             model.say_once(f"note: {label!r} is left out: other rows have other files or seeds")

@@ -544,7 +544,8 @@ class Llama(Model):
         divides = c.num_attention_heads % c.num_key_value_heads == 0
         require(divides, "num_key_value_heads must divide num_attention_heads")
         require(c.hidden_act == "silu", f"hidden_act must be 'silu', not {c.hidden_act!r}")
-        require(not config.get("use_sliding_window"), "use_sliding_window must be false")  # a Qwen's
+        if c.model_type in ("qwen2", "qwen3"):
+            require(not config.get("use_sliding_window"), "use_sliding_window must be false")
         if c.model_type != "mistral":  # other configs may hold a window, and do not use it
             c.sliding_window = None
         frequencies = rope_frequencies(c.head_dim, c.rope_theta, rope)

@@ -369,15 +369,15 @@ class Aggregation(Purifier):
         if self.args.aggregator or not self.args.tune_aggregator:
             self.writer = self.teachers.open_another(self.args.aggregator)
         if self.args.tune_aggregator:
-            model.require(len(self.lessons()) > 1, "aggregate needs two questions to fit on")
+            model.require(len(self.questions_to_tune_on()) > 1, "aggregate needs two questions to fit on")
 
-    def lessons(self):
+    def questions_to_tune_on(self):
         return self.questions_to_fit_on(default=2000)
 
     def purify(self, questions):
         if not self.args.tune_aggregator:
             return self.ask(questions)
-        fit = self.lessons()
+        fit = self.questions_to_tune_on()
         purified = {}
         for half in (fit[0::2], fit[1::2]):
             seen = {*half, *purified}  # taught to this one, or written by the first one
@@ -538,7 +538,8 @@ class Reinforced(Purifier):
     def feedback(self, step, loss):
         self.rewards[step] = self.reward(step, loss)
         finite = self.rewards[step].isfinite().all()
-        model.require(finite, f"step {step}: the student's losses are not finite; lower --lr")
+        why = f"step {step} of {self.args.purifier}: the student's losses are not finite; lower --lr"
+        model.require(finite, why)
         mean = self.rewards[step].mean()
         entropy = self.learn(step)
         draw = random.Random(f"{self.seed} {step}")

@@ -605,8 +605,8 @@ class Run:
         require(whole, f"{self.checkpoint}: {why}")
         progress = json.loads(text)
         size = self.metrics.stat().st_size if self.metrics.exists() else 0
-        whole = size >= progress["log_bytes"]
-        require(whole, f"{self.metrics}: its end is lost; start anew with --overwrite")
+        why = "its end is lost; start anew with --overwrite"
+        require(size >= progress["log_bytes"], f"{self.metrics}: {why}")
         model.restore_state(tensors, student=student, optimizer=optimizer)
         purifier.restore(model.part_of(tensors, "purifier"), progress["step"])
         self.seconds.update(progress["seconds"])
@@ -747,9 +747,9 @@ def print_shares(shares):
     width = max(map(len, shares))
     for label, row in shares.items():
         if row:
-            columns = [(task, share, max(11, len(task) + 1)) for task, share in row.items()]
-            print(f"  {label:<{width}}" + "".join(f"{task:>{n}}" for task, _, n in columns))
-            print(" " * (width + 2) + "".join(f"{share:>{n}.3f}" for _, share, n in columns))
+            wide = max(10, *map(len, row)) + 1
+            print(f"  {label:<{width}}" + "".join(f"{task:>{wide}}" for task in row))
+            print(" " * (width + 2) + "".join(f"{share:>{wide}.3f}" for share in row.values()))
 
 
 def print_result(result):

@@ -10,16 +10,15 @@ import subprocess
 import sys
 import time
 from collections import Counter, defaultdict
-from pathlib import Path
 from threading import Thread
 
 import pytest
+from conftest import ROOT
 
 import kp
 import model
 from data.micro import prepare
 
-REPO = Path(__file__).parent.parent
 FACTS = prepare.read_facts()
 
 
@@ -245,7 +244,7 @@ def test_the_workers_that_make_a_world_end_when_their_parent_is_killed(tmp_path)
     making = "import pathlib, sys; from data.micro import prepare; "
     making += "prepare.train_models(pathlib.Path(sys.argv[1]), 0, False)"
     command = [sys.executable, "-c", making, tmp_path]
-    parent = subprocess.Popen(command, cwd=REPO, stderr=subprocess.PIPE, text=True)
+    parent = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
     parent.stderr.read(1)  # its progress bar
     time.sleep(3)  # now the workers start, or train
     parent.kill()

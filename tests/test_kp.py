@@ -469,6 +469,10 @@ def test_choices_score_as_if_each_were_read_alone(world, teacher_folders, teache
             assert n_tokens == len(target)
 
 
+def test_a_choice_without_tokens_divides_nothing():
+    assert kp.weigh_choices([0.0, -6.0], [0, 3], per_token=True) == [0.0, -2.0]
+
+
 def test_accuracy_counts_the_likeliest_choice(world, teacher_folders):
     student, tokenizer = model.load(teacher_folders[0])
     questions = read_questions(world / "test.jsonl")
@@ -820,11 +824,12 @@ def test_a_teacher_writes_within_batch_tokens(tmp_path, monkeypatch):
     (teacher,) = open_teachers([folder], tmp_path, kp.Asking(max_new_tokens=10, batch_tokens=400)).teachers
     held = []
 
-    def write(ids):
+    def write(lm, tokenizer, ids, *limits):
+        assert limits == (10, 400)
         held.append(len(ids) * (max(map(len, ids)) + 10))
-        return [dict(text="", wrote=1)] * len(ids)
+        return [("", 1)] * len(ids)
 
-    monkeypatch.setattr(teacher, "write", write)
+    monkeypatch.setattr(kp, "write", write)
     teacher.rationales([replace(TROUT, id=str(i), text=f"Which {i}?") for i in range(9)])
     assert len(held) > 1 and max(held) <= 400
 

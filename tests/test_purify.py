@@ -466,7 +466,7 @@ class Bandit:
 
     def policy(self, seed=0):
         """Return the purifier under test, fitted: it embeds a question as the bandit does."""
-        args = SimpleNamespace(seed=seed)
+        args = SimpleNamespace(seed=seed, purifier="rl-verified")
         policy = VerifiedReinforced(args, self.questions, self.visits, self.questions, self, open_lm=None)
         policy.embed = lambda questions: self.vectors[[int(q.id) for q in questions]]
         policy.fit()

@@ -75,9 +75,9 @@ def test_every_purifier_trains_and_reports(world, teacher_folders, tmp_path, pur
     mean = f"{result['accuracy']['mean']:.3f}"
     assert mean in capsys.readouterr().out
 
-    if purifier in ("router", "none"):  # eval.py prints the same figures from what was saved
-        train.print_shares(evaluation.evaluate(evaluation.parse_args([str(folder)])))
-        assert mean in capsys.readouterr().out
+    # eval.py prints the same figures from what was saved
+    train.print_shares(evaluation.evaluate(evaluation.parse_args([str(folder)])))
+    assert mean in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("purifier", list(purify.PURIFIERS))
@@ -692,6 +692,7 @@ def test_bad_arguments_end_with_one_line(world, teacher_folders, tmp_path, argum
     "arguments, says",
     [
         (["--data", "nowhere"], ["nowhere", "no such folder"]),
+        (["--data", ""], ["--data", "names no folder"]),
         (["--teachers", "nowhere"], ["nowhere", "no such folder"]),
         (["--teacher", "7", "--purifier", "single"], ["7", "there are 4 teachers"]),
         (["--student", "nowhere"], ["nowhere", "no such folder"]),
