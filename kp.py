@@ -565,6 +565,12 @@ class Teachers:
             if self.are_large:
                 self.teachers[m].loaded = None
 
+    def open_scorers(self, questions):
+        """Open what `scores` of these questions needs. Raise BadInput where it is not there."""
+        for teacher in self.teachers:
+            if teacher.kind == "text" and teacher.without_score(questions):
+                teacher.judge.open_scorer()
+
     def scores(self, questions):
         """Return (N, M)."""
         columns = []
@@ -909,11 +915,14 @@ class TextTeacher:
         """Return N floats: the probability of the right choice where it is known, else the
         judge's score.
         """
-        unknown = [q for q in questions if q.id not in self.known_scores]
+        unknown = self.without_score(questions)
         texts = [self.said[q.id] for q in unknown]
         for q, score in zip(unknown, self.judge.scores(unknown, texts, self.ledger)):
             self.known_scores[q.id] = score
         return [self.known_scores[q.id] for q in questions]
+
+    def without_score(self, questions):
+        return [q for q in questions if q.id not in self.known_scores]
 
     def rationales(self, questions):
         """Return N texts."""

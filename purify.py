@@ -98,6 +98,10 @@ class Purifier:
         n = self.args.fit_questions or default or len(self.fit_on)
         return random.Random(self.seed).sample(self.fit_on, min(n, len(self.fit_on)))
 
+    def questions_to_score(self):
+        """Return the questions whose scores `fit` will ask for."""
+        return []
+
     @cached_property
     def encoder(self):
         """Open the sentence encoder, --encoder, and its tokenizer, when they are first needed."""
@@ -110,6 +114,7 @@ class Purifier:
         """Open what `fit` needs, before a run begins: what is wrong ends it with nothing overwritten."""
         if self.needs_encoder or self.args.encoder:
             self.encoder
+        self.teachers.open_scorers(self.questions_to_score())
 
     def close_encoder(self):
         """Free its memory for the student: after `fit` nothing new is embedded."""
@@ -198,8 +203,11 @@ class RandomTeacher(Choice):
 class TaskTeacher(Choice):
     """Control: the best-scoring teacher of each task, or of all tasks for a task not fitted on."""
 
+    def questions_to_score(self):
+        return self.questions_to_fit_on()
+
     def choose(self, questions):
-        fit = self.questions_to_fit_on()
+        fit = self.questions_to_score()
         scores = self.teachers.scores(fit)  # (N, M)
         best = {}
         for task in {q.task for q in questions}:
@@ -212,6 +220,9 @@ class Oracle(Choice):
     """Control: the best-scoring teacher of each question. It has no rule for a question whose answer
     is unknown, so it is no method.
     """
+
+    def questions_to_score(self):
+        return [self.questions[row] for row in self.rows]
 
     def choose(self, questions):
         return self.certain(self.teachers.scores(questions).argmax(1))
@@ -246,9 +257,12 @@ class Routing(Choice):
             model.require(not is_this, f"--router {folder}: is the folder of this run; give another --out")
             self.fitted_on = self.take_over(folder / "router.safetensors")
 
+    def questions_to_score(self):
+        return [] if self.args.router else self.questions_to_fit_on()
+
     def choose(self, questions):
         if not self.args.router:
-            fit = self.questions_to_fit_on()
+            fit = self.questions_to_score()
             scores = self.teachers.scores(fit).contiguous()  # (N, M); safetensors needs it whole
             self.tune(fit, scores)
             self.fitted_on = dict(embeddings=self.embed(fit), scores=scores)
@@ -369,15 +383,15 @@ class Aggregation(Purifier):
         if self.args.aggregator or not self.args.tune_aggregator:
             self.writer = self.teachers.open_another(self.args.aggregator)
         if self.args.tune_aggregator:
-            model.require(len(self.questions_to_tune_on()) > 1, "aggregate needs two questions to fit on")
+            model.require(len(self.questions_to_score()) > 1, "aggregate needs two questions to fit on")
 
-    def questions_to_tune_on(self):
-        return self.questions_to_fit_on(default=2000)
+    def questions_to_score(self):
+        return self.questions_to_fit_on(default=2000) if self.args.tune_aggregator else []
 
     def purify(self, questions):
         if not self.args.tune_aggregator:
             return self.ask(questions)
-        fit = self.questions_to_tune_on()
+        fit = self.questions_to_score()
         purified = {}
         for half in (fit[0::2], fit[1::2]):
             seen = {*half, *purified}  # taught to this one, or written by the first one

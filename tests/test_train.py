@@ -95,11 +95,14 @@ def test_every_purifier_trains_on_tinyllm_s_layout(teacher_folders, tmp_path, pu
     assert "1 empty rationale" in text or purifier not in ("none", "single")
 
 
-def test_a_student_that_knows_nothing_is_no_scorer(tmp_path):
+@pytest.mark.parametrize("purifier", ["router", "task", "oracle", "aggregate"])
+def test_a_student_that_knows_nothing_is_no_scorer(teacher_folders, tmp_path, purifier):
     folder = converted(tmp_path)
-    arguments = train.parse_args(["--data", str(folder), "--out", str(tmp_path / "run"), *SHORT])
+    where = ["--data", str(folder), "--out", str(tmp_path / "run"), "--encoder", str(teacher_folders[0])]
+    arguments = train.parse_args([*where, "--purifier", purifier, "--tune-aggregator", "3", *SHORT])
     with pytest.raises(model.BadInput, match="a new student can neither score rationales nor merge them; give --scorer"):
         train.main(arguments)
+    assert not (tmp_path / "run").exists()  # a finished run there would be lost for nothing
 
 
 def test_two_runs_with_one_seed_are_equal_to_the_bit(world, teacher_folders, tmp_path):
