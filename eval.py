@@ -82,6 +82,7 @@ import os
 import random
 import re
 import shlex
+import signal
 import subprocess
 import textwrap
 from concurrent.futures import ThreadPoolExecutor
@@ -767,5 +768,6 @@ def main(args):
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # in a pipe to `head` it ends without a word
     with model.one_line_errors():
         main(ARGS)

@@ -4,6 +4,8 @@ import html
 import importlib.util
 import json
 import shutil
+import subprocess
+import sys
 from collections import Counter
 from html.parser import HTMLParser
 from itertools import product
@@ -15,7 +17,7 @@ import eval as evaluation
 import kp
 import model
 import train
-from conftest import write_lines
+from conftest import ROOT, write_lines
 
 SMALL = ["--shots", "0", "--steps", "4", "--batch-size", "2", "--max-new-tokens", "8"]
 
@@ -296,3 +298,10 @@ def test_a_missing_table_and_a_picture_of_another_kind_end_in_one_line(tmp_path)
     for arguments, says in ((["--from", str(tmp_path / "no.json")], "no such file"), (["--table", "--plot", "a.png"], "give FILE.svg")):
         with pytest.raises(model.BadInput, match=says):
             evaluation.main(evaluation.parse_args(arguments))
+
+
+def test_a_reader_who_goes_away_ends_it_without_a_word():
+    command = [sys.executable, "eval.py", "--from", "data/micro/results/world-1.json"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT) as process:
+        process.stdout.close()  # as `head` does
+        assert process.stderr.read() == ""
