@@ -112,17 +112,16 @@ def open_run(args):
     folder = Path(args.run)
     why = f"{folder}: no such folder; give a run (out/RUN) or a checkpoint folder"
     require(folder.is_dir(), why)
+    settings = train.parse_args([])
     n_prefixes = 0
     if (folder / "metrics.jsonl").exists():
         why = f"{folder}: this run is not finished; go on with train.py ... --resume"
         require((folder / "result.json").exists(), why)
-        defaults = vars(train.parse_args([]))
-        settings = argparse.Namespace(**{**defaults, **model.read_config(folder)})
+        vars(settings).update(model.read_config(folder))
         if settings.teacher_prefixes:
             n_prefixes = len(model.read_json(folder / "result.json")["teachers"])
         folder = folder / "student"
     else:  # a bare checkpoint: measured as a run with default arguments would be
-        settings = train.parse_args([])
         settings.data = args.data
         settings.world = args.world or 0
         train.settle(settings)
@@ -634,7 +633,7 @@ def draw(panels, x_title):
             half = [interval(shares) for shares in line.values()]
             drawn = axes.errorbar(x, y, half, marker="o", markersize=3, capsize=2)
             ends.append((y[-1], x[-1], label, drawn[0].get_color()))
-        least = 0.065 * (axes.get_ylim()[1] - axes.get_ylim()[0])  # between two labels
+        least = 0.065 * axes.viewLim.height  # between two labels
         height = math.inf
         for y, x, label, colour in sorted(ends, reverse=True):
             height = min(y, height - least)

@@ -172,9 +172,7 @@ def chat_template(folder):
         settings = model.read_config(folder, file.name) if file.exists() else {}
         template = settings.get("chat_template")
         if isinstance(template, list):  # several, by name
-            named = {}
-            for entry in template:
-                named[entry["name"]] = entry["template"]
+            named = {entry["name"]: entry["template"] for entry in template}
             template = named.get("default")
         return str(template or "")
     except (TypeError, KeyError, UnicodeDecodeError):
@@ -182,7 +180,6 @@ def chat_template(folder):
 
 
 EDGE = " :.\"'"  # what may stand around a conclusion
-ARTICLE = re.compile("^(an?|the) ")
 
 
 def conclusion(rationale, choices):
@@ -205,7 +202,7 @@ def conclusion(rationale, choices):
     for i, choice in enumerate(map(plain, choices)):
         letter = LETTERS[i]
         text = choice.strip(EDGE) or choice
-        for end in (tail, ARTICLE.sub("", tail)):
+        for end in (tail, re.sub("^(an?|the) ", "", tail)):
             if begins(end, text) or begins(end, f"({letter})") or re.fullmatch(rf"{letter}\W*", end):
                 named.append(i)
     return max(named, key=lambda i: len(choices[i]), default=None)
@@ -213,8 +210,7 @@ def conclusion(rationale, choices):
 
 def begins(text, words):
     """Tell whether a text begins with these words, whole."""
-    following = text[len(words) : len(words) + 1]
-    return text.startswith(words) and not (following.isalnum() or following == "_")
+    return text.startswith(words) and not re.match(r"\w", text[len(words) :])
 
 
 def is_right(rationale, q):
@@ -366,8 +362,8 @@ def sequence_losses(student, inputs, targets):
     """
     if student.config["model_type"] == "t5":
         labels, is_label = model.pad(targets)  # (B, T)
-        start = torch.full_like(labels[:, :1], student.config["decoder_start_token_id"])
-        decoder_input_ids = torch.cat((start, labels[:, :-1]), 1)  # (B, T): one place later
+        start = student.config["decoder_start_token_id"]
+        decoder_input_ids = F.pad(labels[:, :-1], (1, 0), value=start)  # (B, T): one place later
         read = [*model.pad(inputs), decoder_input_ids]
     else:
         ids, mask = model.pad([prompt + target for prompt, target in zip(inputs, targets)])
@@ -377,10 +373,13 @@ def sequence_losses(student, inputs, targets):
         for row, prompt in enumerate(inputs):
             is_label[row, : len(prompt) - 1] = 0
     rows, places = is_label.nonzero(as_tuple=True)  # before the tensors move: no waiting for a GPU
-    tensors = [*read, labels, rows, places]
-    *read, labels, rows, places = move(model.device_of(student), *tensors)
-    logits = student(*read, (rows, places))  # (N, V) of the N labels alone: no padding
-    return mean_per_row(logits, labels, (rows, places))
+    tensors = [*read, labels, is_label.sum(1), rows, places]
+    *read, labels, counts, rows, places = move(model.device_of(student), *tensors)
+    keep = (rows, places)
+    logits = student(*read, keep)  # (N, V) of the N labels alone: no padding
+    losses = F.cross_entropy(logits.float(), labels[keep], reduction="none")  # (N,)
+    zeros = torch.zeros_like(labels, dtype=torch.float)  # (B, T)
+    return zeros.index_put(keep, losses).sum(1) / counts  # of each row, its mean
 
 
 def move(device, *tensors):
@@ -388,19 +387,6 @@ def move(device, *tensors):
     if device.type == "cpu":
         return tensors
     return [x.contiguous().pin_memory().to(device, non_blocking=True) for x in tensors]
-
-
-def mean_per_row(logits, labels, keep):
-    """Return the mean cross-entropy of each row, (B,).
-
-    logits (N, V) of N tokens, labels (B, T), keep: the rows and places of the N tokens in labels,
-    (N,) each.
-    """
-    losses = F.cross_entropy(logits.float(), labels[keep], reduction="none")  # (N,)
-    zeros = torch.zeros_like(labels, dtype=torch.float)  # (B, T)
-    sums = zeros.index_put(keep, losses).sum(1)
-    counts = zeros.index_put(keep, torch.ones_like(losses)).sum(1)
-    return sums / counts
 
 
 # ------------------------------------------------------------------------------------------ scoring
@@ -432,22 +418,21 @@ def choice_logps(lm, token_cache, prompts, choices, batch_size=64, end=False):
         lengths.append(list(map(len, tails[-1])))
     sums = [None] * len(prompts)
     for rows in progress(model.by_length(prompt_ids, batch_size), "score"):
-        ids, mask = model.pad([prompt_ids[row] for row in rows])  # (B, S)
+        read = model.pad([prompt_ids[row] for row in rows], device)  # ids and mask, (B, S)
         batch = [tails[row] for row in rows]
         room = max(map(len, sum(batch, [])))
-        cache, first = lm.prefill(ids.to(device), mask.to(device), room)  # first: (B, V)
+        cache, first = lm.prefill(*read, room)  # first: (B, V)
         n_read = cache.length
         logps = []
         for i in range(max(map(len, batch))):
             # A question with fewer choices reads one again, which does not count.
-            tokens, is_token = model.pad([of_q[i % len(of_q)] for of_q in batch])  # (B, T)
-            tokens = tokens.to(device)
+            tokens, is_token = model.pad([of_q[i % len(of_q)] for of_q in batch], device)  # (B, T)
             logits = first[:, None]  # of each choice's first token: the prompt alone decides
             if tokens.shape[1] > 1:
                 cache.length = n_read  # the next choice overwrites the one before
                 logits = torch.cat((logits, lm.step(tokens[:, :-1], cache)), 1)  # (B, T, V)
             logp = -F.cross_entropy(logits.float().mT, tokens, reduction="none")  # (B, T)
-            logps.append((logp * is_token.to(device)).sum(1))
+            logps.append((logp * is_token).sum(1))
         for row, found in zip(rows, torch.stack(logps, 1).tolist()):
             sums[row] = found[: len(tails[row])]
     return sums, lengths
@@ -466,12 +451,11 @@ def write(lm, tokenizer, prompts, max_new_tokens, batch_tokens=BATCH_TOKENS):
     """Return what the LM writes, greedily, for N prompts (lists of ids): N pairs of (text, its
     tokens). batch_tokens: how many tokens it holds at once, prompts and what it writes.
     """
-    device = model.device_of(lm)
     written = [None] * len(prompts)
     batches = model.by_length(prompts, 128, batch_tokens, lambda ids: len(ids) + max_new_tokens)
     for rows in progress(batches, "write"):
-        ids, mask = model.pad([prompts[row] for row in rows])
-        new = lm.generate(ids.to(device), mask.to(device), max_new_tokens)
+        batch = model.pad([prompts[row] for row in rows], model.device_of(lm))
+        new = lm.generate(*batch, max_new_tokens)
         for row, tokens in zip(rows, new.tolist()):
             tokens = model.until_end(tokens, lm.config["eos_token_id"])
             written[row] = (tokenizer.decode(tokens).strip(), len(tokens))
@@ -529,9 +513,7 @@ def by_task(questions, marks):
     of_task = defaultdict(list)
     for q, mark in zip(questions, marks):
         of_task[q.task].append(mark)
-    shares = {}
-    for task, its_marks in of_task.items():
-        shares[task] = fmean(its_marks)
+    shares = {task: fmean(its_marks) for task, its_marks in of_task.items()}
     if shares:
         shares["mean"] = fmean(shares.values())
     return shares
@@ -573,9 +555,7 @@ class Teachers:
 
     def scores(self, questions):
         """Return (N, M)."""
-        columns = []
-        for _, teacher in self.in_turn(range(len(self))):
-            columns.append(teacher.scores(questions))
+        columns = [teacher.scores(questions) for _, teacher in self.in_turn(range(len(self)))]
         return torch.tensor(columns).T
 
     def rationales(self, questions, picks):
@@ -588,9 +568,7 @@ class Teachers:
 
     def all_rationales(self, questions):
         """Return the rationales of all teachers for each question: N lists of M texts."""
-        columns = []
-        for _, teacher in self.in_turn(range(len(self))):
-            columns.append(teacher.rationales(questions))
+        columns = [teacher.rationales(questions) for _, teacher in self.in_turn(range(len(self)))]
         return list(map(list, zip(*columns)))
 
     @property
@@ -966,8 +944,6 @@ class Judge:
     def logps(self, scorer, questions, rationales):
         """Return log p(a | q, r) / |a| of each question."""
         asked = [replace(q, choices=(q.right,)) for q in questions]  # the right choice alone
-        prompts = []
-        for q, r in zip(questions, rationales):
-            prompts.append(scorer.frame(score_prompt(q, rationale=r)))
+        prompts = [scorer.frame(score_prompt(q, rationale=r)) for q, r in zip(questions, rationales)]
         records = scorer.look_up("score", asked, prompts)
         return [record["logps"][0] / max(record["lengths"][0], 1) for record in records]

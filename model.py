@@ -263,11 +263,11 @@ class T5Block(nn.Module):
     def __init__(self, c, is_decoder):
         super().__init__()
         norm = functools.partial(RMSNorm, c.d_model, c.layer_norm_epsilon)
-        self.layer = nn.ModuleList()
-        self.layer.append(parts(SelfAttention=T5Attention(c), layer_norm=norm()))
+        layers = [parts(SelfAttention=T5Attention(c), layer_norm=norm())]
         if is_decoder:
-            self.layer.append(parts(EncDecAttention=T5Attention(c), layer_norm=norm()))
-        self.layer.append(parts(DenseReluDense=T5FeedForward(c), layer_norm=norm()))
+            layers.append(parts(EncDecAttention=T5Attention(c), layer_norm=norm()))
+        layers.append(parts(DenseReluDense=T5FeedForward(c), layer_norm=norm()))
+        self.layer = nn.ModuleList(layers)
 
     def forward(self, h, bias, cross, append=None):
         """h (B, T, D), bias (1 or B, H, T, S) -> (B, T, D).
@@ -666,12 +666,12 @@ class Bert(Model):
 # -------------------------------------------------------------------------------- batches and cache
 
 
-def pad(sequences, value=0):
+def pad(sequences, device="cpu", value=0):
     """Lists of ids -> ids and mask of 1 and 0, (B, longest) int64 each, padded on the right."""
     rows = [torch.as_tensor(sequence, dtype=torch.int64) for sequence in sequences]
     ids = pad_sequence(rows, batch_first=True, padding_value=value)
     mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
-    return ids, mask
+    return ids.to(device), mask.to(device)
 
 
 def by_length(sequences, batch_size, limit=math.inf, held=len):
@@ -795,8 +795,8 @@ def embed(encoder, tokenizer, texts, batch_size=64):
     table = next(encoder.parameters())  # the embeddings of the tokens, (V, D)
     out = torch.empty(len(ids), table.shape[1])
     for rows in by_length(ids, batch_size):
-        tokens, mask = pad([keep_end(ids[row], limit) for row in rows])
-        out[rows] = pool(encoder, tokens.to(table.device), mask.to(table.device)).cpu()
+        batch = pad([keep_end(ids[row], limit) for row in rows], table.device)
+        out[rows] = pool(encoder, *batch).cpu()
     why = "gives vectors that are not finite; store it in float32 or bfloat16"
     require(out.isfinite().all(), f"{encoder.folder}: {why}")
     return out

@@ -25,6 +25,7 @@ from torch.nn.utils import skip_init
 
 import kp
 import model
+from model import BadInput, require
 
 # ------------------------------------------------------------------------------------ the interface
 
@@ -46,6 +47,7 @@ class Purifier:
         self.questions = questions  # what the student trains on
         self.visits = visits  # visits[step]: the rows of `questions` in that step's batch
         self.rows = sorted(set(chain.from_iterable(visits)))  # all rows that training visits
+        self.to_purify = [questions[row] for row in self.rows]
         self.fit_on = fit_on  # what a purifier may be fitted on: the in-domain training questions
         self.teachers = teachers  # kp.Teachers
         self.open_lm = open_lm  # path or None -> (LM or sentence encoder, its tokenizer)
@@ -54,8 +56,7 @@ class Purifier:
 
     def fit(self):
         """Get ready for all visits. Ask the teachers for what is needed, and only for that."""
-        questions = [self.questions[row] for row in self.rows]
-        self.texts = dict(zip(self.rows, self.purify(questions)))
+        self.texts = dict(zip(self.rows, self.purify(self.to_purify)))
 
     def purify(self, questions):
         """Return the list of rationales to learn, for each of these questions."""
@@ -107,7 +108,7 @@ class Purifier:
         """Open the sentence encoder, --encoder, and its tokenizer, when they are first needed."""
         encoder, tokenizer = self.open_lm(self.args.encoder)
         why = "a decoder-only model is no sentence encoder; give --encoder DIR, a Bert or a T5"
-        model.require(hasattr(encoder, "encode"), f"{encoder.folder}: {why}")
+        require(hasattr(encoder, "encode"), f"{encoder.folder}: {why}")
         return encoder, tokenizer
 
     def open(self):
@@ -222,7 +223,7 @@ class Oracle(Choice):
     """
 
     def questions_to_score(self):
-        return [self.questions[row] for row in self.rows]
+        return self.to_purify
 
     def choose(self, questions):
         return self.certain(self.teachers.scores(questions).argmax(1))
@@ -250,11 +251,11 @@ class Routing(Choice):
 
     def open(self):
         super().open()
-        model.require(len(self.teachers) > 1, "a router needs two teachers or more; give --teachers")
+        require(len(self.teachers) > 1, "a router needs two teachers or more; give --teachers")
         if self.args.router:
             folder = Path(self.args.router)
             is_this = folder.resolve() == Path(self.args.out).resolve()
-            model.require(not is_this, f"--router {folder}: is the folder of this run; give another --out")
+            require(not is_this, f"--router {folder}: is the folder of this run; give another --out")
             self.fitted_on = self.take_over(folder / "router.safetensors")
 
     def questions_to_score(self):
@@ -282,20 +283,21 @@ class Routing(Choice):
         tensors, metadata = model.read_tensors(file)
         for name, ours in (("purifier", self.args.purifier), ("teachers", self.teachers.names)):
             theirs = json.loads(metadata.get(name, "null"))
-            model.require(theirs == ours, f"{file}: fitted with {name} {theirs}, not {ours}")
+            require(theirs == ours, f"{file}: fitted with {name} {theirs}, not {ours}")
         needed = {"embeddings", "scores", "probe", "seed"}
-        model.require(needed <= tensors.keys(), f"{file}: holds no router; give the folder of a run")
+        require(needed <= tensors.keys(), f"{file}: holds no router; give the folder of a run")
         other = f"{file}: fitted with another encoder; give that one as --encoder"
         tuned = model.part_of(tensors, "encoder")
         if tuned:
-            encoder, _ = self.encoder
-            shapes = {name: p.shape for name, p in encoder.state_dict().items()}
-            model.require(shapes == {name: p.shape for name, p in tuned.items()}, other)
-            encoder.float().load_state_dict(tuned)
+            encoder = self.encoder[0].float()
+            try:
+                encoder.load_state_dict(tuned)
+            except RuntimeError:  # tensors of other names or shapes
+                raise BadInput(other) from None
         probe = self.embed_texts([PROBE])
         theirs = tensors["probe"]
         same = probe.shape == theirs.shape and probe.allclose(theirs, atol=1e-3)
-        model.require(same, other)
+        require(same, other)
         self.seed = int(tensors["seed"])
         return dict(embeddings=tensors["embeddings"], scores=tensors["scores"])
 
@@ -339,12 +341,11 @@ class ClassifierRouting(Routing):
         targets = router.target(scores)
         parameters = [*encoder.parameters(), *router.head.parameters()]
         optimizer = torch.optim.AdamW(parameters, self.LR)
-        device = model.device_of(encoder)
         draw = random.Random(self.seed)
         for _ in kp.progress(range(self.STEPS), "tune classifier"):
             rows = [draw.randrange(len(ids)) for _ in range(self.BATCH)]
-            tokens, mask = model.pad([ids[row] for row in rows])
-            q = model.pool(encoder, tokens.to(device), mask.to(device)).cpu()  # (B, D)
+            batch = model.pad([ids[row] for row in rows], model.device_of(encoder))
+            q = model.pool(encoder, *batch).cpu()  # (B, D)
             loss = F.cross_entropy(router.head(router.standardize(q)), targets[rows])
             loss.backward()
             optimizer.step()
@@ -383,7 +384,7 @@ class Aggregation(Purifier):
         if self.args.aggregator or not self.args.tune_aggregator:
             self.writer = self.teachers.open_another(self.args.aggregator)
         if self.args.tune_aggregator:
-            model.require(len(self.questions_to_score()) > 1, "aggregate needs two questions to fit on")
+            require(len(self.questions_to_score()) > 1, "aggregate needs two questions to fit on")
 
     def questions_to_score(self):
         return self.questions_to_fit_on(default=2000) if self.args.tune_aggregator else []
@@ -486,7 +487,7 @@ class Reinforced(Purifier):
     ENTROPY = 0.01  # c
 
     def fit(self):
-        states, n_outputs = self.describe([self.questions[row] for row in self.rows])
+        states, n_outputs = self.describe(self.to_purify)
         states = same_on_all_ranks(states)
         self.states = torch.empty(len(self.questions), *states.shape[1:])
         self.states[self.rows] = states  # no other row is ever looked up
@@ -553,7 +554,7 @@ class Reinforced(Purifier):
         self.rewards[step] = self.reward(step, loss)
         finite = self.rewards[step].isfinite().all()
         why = f"step {step} of {self.args.purifier}: the student's losses are not finite; lower --lr"
-        model.require(finite, why)
+        require(finite, why)
         mean = self.rewards[step].mean()
         entropy = self.learn(step)
         draw = random.Random(f"{self.seed} {step}")

@@ -224,12 +224,12 @@ def settle(args):
     why = f"--purifier {args.purifier}: unknown; take one of {known}"
     require(args.purifier in purify.PURIFIERS, why)
     kind = purify.PURIFIERS[args.purifier]
-    routes = issubclass(kind, purify.Routing)
-    require(routes or not args.router, f"--router: --purifier {args.purifier} is no router")
-    gives_all = issubclass(kind, purify.TinyLLM)
-    require(gives_all or not args.teacher_prefixes, "--teacher-prefixes: is for --purifier none")
-    checks = issubclass(kind, purify.Reinforced)
-    require(not (checks and args.teacher_forcing), "--teacher-forcing: rl checks who was right")
+    if args.router:
+        require(issubclass(kind, purify.Routing), f"--router: --purifier {args.purifier} is no router")
+    if args.teacher_prefixes:
+        require(issubclass(kind, purify.TinyLLM), "--teacher-prefixes: is for --purifier none")
+    if args.teacher_forcing:
+        require(not issubclass(kind, purify.Reinforced), "--teacher-forcing: rl checks who was right")
     args.device = pick_device(args.device)
     in_micro_world = args.data is None
     tiny_lr = 6e-3 if in_micro_world else 1.5e-3
@@ -274,22 +274,20 @@ def open_parts(args, ranks):
         ranks.wait()
     require(not args.ood or "ood/train" in data, f"--ood: {folder} has no ood/train.jsonl")
 
-    def open_lm(path):  # called later: t5s is set below
-        if path or t5s:
-            return model.load(path or t5s[0], args.device)
+    def open_lm(path):  # called later: t5 is set below
+        if path or t5:
+            return model.load(path or t5, args.device)
         return copy.deepcopy(student).eval(), token_cache.tokenizer
 
     def open_another(path):
-        path = path or (t5s[0] if t5s else student.folder)
+        path = path or t5 or student.folder
         why = "a new student can neither score rationales nor merge them; give --scorer or --aggregator DIR"
         require(path, why)
         return kp.CheckpointTeacher(path, args.cache, asking(args), ranks=ranks)
 
     teachers = open_teachers(args, folder, data, open_another, ranks)
-    if args.data:
-        t5s = [teacher.folder for teacher in teachers.teachers if teacher.kind == "t5"]
-    else:
-        t5s = [folder / "teachers" / "t5"]
+    t5s = [teacher.folder for teacher in teachers.teachers if teacher.kind == "t5"]
+    t5 = next(iter(t5s), None) if args.data else folder / "teachers" / "t5"
     return data, teachers, student, token_cache, open_lm
 
 
