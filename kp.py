@@ -405,9 +405,10 @@ def choice_logps(lm, token_cache, prompts, choices, batch_size=64, end=False):
     each choice has: two lists of N lists.
 
     prompts: N texts. choices: N lists of texts. end: a choice of a decoder-only model ends with its
-    end token, as a T5's always does; without it "5" would be likelier than "50". Each prompt is
-    read once. All first choices are read after the prompts, then all second ones in their place,
-    and so on.
+    end token, as a T5's always does and as students learn it. Teachers are scored without it,
+    because a chat model may go on talking; so "5" is never less likely than "50", which begins so.
+    Each prompt is read once. All first choices are read after the prompts, then all second ones in
+    their place, and so on.
     """
     device = model.device_of(lm)
     prompt_ids = token_cache.prompts(prompts)

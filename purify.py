@@ -218,8 +218,8 @@ class TaskTeacher(Choice):
 
 
 class Oracle(Choice):
-    """Control: the best-scoring teacher of each question. It has no rule for a question whose answer
-    is unknown, so it is no method.
+    """Control: the best-scoring teacher of each question. It needs the scores of all that it purifies,
+    so it has no rule for a question whose answer is unknown.
     """
 
     def questions_to_score(self):
@@ -865,7 +865,9 @@ class PlackettLuceRouter(Router):
         return xi
 
     def choose_tau(self, scores):
-        """Return the tau whose picks score highest on training questions, each left out in turn."""
+        """Return the tau whose picks, and a little its P(m | q), score highest on training questions, each
+        left out in turn.
+        """
         generator = torch.Generator().manual_seed(self.seed)
         sample = torch.randperm(len(scores), generator=generator)[: self.sample]
         values = dict.fromkeys(self.taus, 0.0)
@@ -876,7 +878,7 @@ class PlackettLuceRouter(Router):
                 xi = self.worths(cos, tau)  # (B, M)
                 picked = scores[rows].gather(1, xi.argmax(1, keepdim=True)).sum()
                 expected = (xi * scores[rows]).sum()
-                values[tau] += picked + 0.05 * expected  # between equal picks, the sharper xi wins
+                values[tau] += picked + 0.05 * expected  # a sharper xi is better
         return max(self.taus, key=values.get)
 
 
