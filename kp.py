@@ -458,7 +458,7 @@ def write(lm, tokenizer, prompts, max_new_tokens, batch_tokens=BATCH_TOKENS):
         batch = model.pad([prompts[row] for row in rows], model.device_of(lm))
         new = lm.generate(*batch, max_new_tokens)
         for row, tokens in zip(rows, new.tolist()):
-            tokens = model.until_end(tokens, lm.config["eos_token_id"])
+            tokens = model.until_end(tokens, lm.ends)
             written[row] = (tokenizer.decode(tokens).strip(), len(tokens))
     return written
 
@@ -648,6 +648,8 @@ class CheckpointTeacher:
             model.read_tensors(file)  # raises where it is damaged; nothing is read yet
         self.size = sum(file.stat().st_size for file in weights)
         decisive = [self.folder / "config.json", self.folder / "tokenizer.json", *weights]
+        ends = self.folder / "generation_config.json"
+        decisive += [ends] if ends.exists() else []
         self.said = Said(Path(cache) / fingerprint(decisive)[:16] / "said.jsonl")
 
     def scores(self, questions):

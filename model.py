@@ -56,11 +56,17 @@ class Model(nn.Module):
 
     recompute = False
     folder = None  # that it was loaded from
+    more_ends = ()  # of its generation_config.json
 
     def __init__(self, config):
         super().__init__()
         self.c = SimpleNamespace(**checked(config, self.DEFAULTS))
         self.config = vars(self.c)  # the same, as a dict
+
+    @property
+    def ends(self):
+        """Return the ids of the tokens that end a text. Qwen's config.json says only one of its two."""
+        return [*as_list(self.config["eos_token_id"]), *self.more_ends]
 
     @torch.no_grad()
     def generate(self, input_ids, attention_mask, max_new_tokens):
@@ -70,10 +76,9 @@ class Model(nn.Module):
         with pad_token_id, or with its end token where there is no such id. `until_end` tells what
         was written.
         """
-        ends = as_list(self.config["eos_token_id"])
-        fillers = [*as_list(self.config["pad_token_id"]), *ends, 0]
+        fillers = [*as_list(self.config["pad_token_id"]), *self.ends, 0]
         filler = next(i for i in fillers if i >= 0)  # old Llamas say pad_token_id: -1
-        ends = torch.tensor(ends, device=input_ids.device)
+        ends = torch.tensor(self.ends, device=input_ids.device)
         out = input_ids.new_full((len(input_ids), max_new_tokens), filler)
         rows = torch.arange(len(input_ids), device=input_ids.device)  # rows of `out` still computed
         alive = torch.ones_like(rows, dtype=torch.bool)  # which of these have not ended
@@ -787,7 +792,10 @@ def pool(encoder, input_ids, attention_mask):
 
 @torch.no_grad()
 def embed(encoder, tokenizer, texts, batch_size=64):
-    """N texts -> (N, D) float32 on the CPU, from `pool`. A text too long loses its beginning."""
+    """N texts -> (N, D) float32 on the CPU, from `pool`. A text too long loses its beginning.
+
+    What sentence_bert_config.json says is not read: all-MiniLM-L6-v2 takes 512 tokens here, 256 there.
+    """
     limit = encoder.config.get("max_position_embeddings", 512)
     ids = token_ids(tokenizer, texts)
     if max(map(len, ids), default=0) > limit:
@@ -844,7 +852,7 @@ def load(path, device="cpu", dtype=None):
 
     The weights go straight to `device`, in the dtype stored or the one asked for. Raise BadInput
     where one is missing, left over, of another shape or not finite. Not read: pickles, which can
-    run code, and generation_config.json.
+    run code, and generation_config.json, but for its end tokens (so no penalty of repetition).
     """
     path = Path(path)
     require(
@@ -868,19 +876,35 @@ def load(path, device="cpu", dtype=None):
     if isinstance(lm, Llama):
         lm.frequencies = lm.frequencies.to(device)  # now: a copy in each step waits for a GPU
     lm.folder = path
+    lm.more_ends = generation_ends(path)
     return lm.eval(), tokenizer
 
 
+def generation_ends(path):
+    """Return the end tokens that a folder's generation_config.json names."""
+    file = path / "generation_config.json"
+    ends = as_list(read_config(path, file.name).get("eos_token_id")) if file.exists() else []
+    require(all(type(i) is int for i in ends), f"{file}: eos_token_id must be a number or some, not {ends}")
+    return ends
+
+
 def load_tokenizer(file, vocab_size):
-    """Read tokenizer.json. Raise BadInput where it cannot encode, or has ids beyond vocab_size."""
+    """Read tokenizer.json. Raise BadInput where it cannot encode, or has ids beyond vocab_size.
+
+    Special tokens may lie beyond where no text gets them: copies of Llama-2 have such a <pad>.
+    """
     mend = "save it with transformers: AutoTokenizer.from_pretrained(...).save_pretrained(...)"
     require(file.exists(), f"{file}: no such file; {mend}")
     try:
         tokenizer = Tokenizer.from_file(str(file))
-        tokenizer.encode("Zq7 \u00ea \u6f22")  # raises where unknown text has no token
+        some = tokenizer.encode("Zq7 \u00ea \u6f22")  # raises where unknown text has no token
     except Exception as error:  # the library raises a bare Exception
         raise BadInput(f"{file}: not a tokenizer ({error}); {mend}") from None
-    last = max(tokenizer.get_vocab().values(), default=0)
+    ids = set(tokenizer.get_vocab().values())
+    for i, token in tokenizer.get_added_tokens_decoder().items():
+        if token.special and i not in some.ids:
+            ids.discard(i)
+    last = max(ids, default=0)
     require(
         last < vocab_size,
         f"{file}: token id {last}, but config.json says vocab_size {vocab_size}; {mend}")
@@ -931,6 +955,8 @@ def read_weights(lm, path, device, dtype):
     tensors = {current_name(name): tensor for name, tensor in tensors.items()}
     if isinstance(lm, T5) and "lm_head.weight" not in tensors:
         lm.lm_head = None  # then `shared` is the head, as in transformers 5
+    if isinstance(lm, T5) and "shared.weight" not in tensors and "decoder.embed_tokens.weight" in tensors:
+        tensors["shared.weight"] = tensors["decoder.embed_tokens.weight"]  # the copy that MADLAD-400 keeps
     state = lm.state_dict()
     missing = sorted(state.keys() - tensors.keys())
     if missing:
@@ -948,7 +974,9 @@ def read_weights(lm, path, device, dtype):
         require(
             tensor.is_floating_point() and tensor.itemsize > 1,
             f"{place} is stored as {tensor.dtype}, quantised; take the weights as they were before")
-        dtype = dtype or tensor.dtype
+        if dtype is None:  # a T5's sums are too large for float16, in which some store its weights
+            too_narrow = isinstance(lm, T5) and tensor.dtype == torch.float16
+            dtype = torch.float32 if too_narrow else tensor.dtype
         state[name] = tensor.to(device).to(dtype)
         ends = torch.stack(state[name].aminmax())  # 20 times as fast as isfinite() of all
         require(ends.isfinite().all(), f"{place} holds NaN or infinite numbers; {again}")

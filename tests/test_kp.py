@@ -842,7 +842,9 @@ def test_another_config_or_tokenizer_has_another_cache(tmp_path):
     config = model.read_json(folder / "config.json")
     model.write_json(folder / "config.json", {**config, "eos_token_id": 5})
     files.add(kp.CheckpointTeacher(folder, tmp_path).said.path)
-    assert len(files) == 3
+    (folder / "generation_config.json").write_text('{"eos_token_id": 2}')
+    files.add(kp.CheckpointTeacher(folder, tmp_path).said.path)
+    assert len(files) == 4
 
 
 def test_a_judge_is_no_teacher_pays_once_and_leaves_memory(tmp_path):

@@ -624,6 +624,57 @@ def edit_config(folder, **changes):
     return file
 
 
+@pytest.mark.parametrize("name", ["qwen2", "t5"])
+def test_a_text_also_ends_where_generation_config_says(name, tmp_path):
+    folder = shutil.copytree(FIXTURES / name, tmp_path / name)
+    lm, _ = model.load(folder)
+    ids, mask = model.pad([load(name)[3][0].tolist()])
+    new = lm.generate(ids, mask, 8)[0].tolist()
+    third = new[2]
+    file = folder / "generation_config.json"
+    file.write_text(json.dumps(dict(eos_token_id=[lm.config["eos_token_id"], third], repetition_penalty=1.1)))
+    again, _ = model.load(folder)
+    assert again.generate(ids, mask, 8)[0].tolist() == new[: new.index(third) + 1]
+    assert again.config == lm.config  # what is exported is as it was
+    file.write_text(json.dumps(dict(eos_token_id="</s>")))
+    with pytest.raises(model.BadInput, match="generation_config.json: eos_token_id must be a number"):
+        model.load(folder)
+
+
+@pytest.mark.parametrize("name, dtype", [("flan-t5", torch.float32), ("llama-2", torch.float16)])
+def test_a_t5_stored_in_float16_is_read_as_float32(name, dtype, tmp_path):
+    """Its sums are too large for float16: transformers has a float32 layer and clamps for that."""
+    folder = shutil.copytree(FIXTURES / name, tmp_path / name)
+    weights(folder, lambda tensors: tensors.update({key: value.half() for key, value in tensors.items()}))
+    assert {p.dtype for p in model.load(folder)[0].parameters()} == {dtype}
+    assert {p.dtype for p in model.load(folder, dtype=torch.bfloat16)[0].parameters()} == {torch.bfloat16}
+
+
+def test_a_t5_whose_embedding_is_stored_as_the_decoder_s(tmp_path):
+    folder = shutil.copytree(FIXTURES / "flan-t5", tmp_path / "flan-t5")
+    weights(folder, lambda tensors: tensors.update({"decoder.embed_tokens.weight": tensors.pop("shared.weight")}))
+    lm, _ = model.load(folder)
+    assert torch.equal(lm.shared.weight, model.load(FIXTURES / "flan-t5")[0].shared.weight)
+
+
+def test_a_special_token_that_no_text_gets_may_lie_beyond_the_embedding(tmp_path):
+    """Copies of Llama-2 have <pad> = 32000 and 32,000 rows; a start token beyond would be met in every text."""
+    folder = shutil.copytree(FIXTURES / "llama-2", tmp_path / "llama-2")
+    text = json.loads((folder / "tokenizer.json").read_text())
+    last = max(text["model"]["vocab"].values()) + 1
+    flags = dict(single_word=False, lstrip=False, rstrip=False, normalized=False, special=True)
+    text["added_tokens"].append(dict(id=last, content="<pad2>", **flags))
+    text["model"]["vocab"]["<pad2>"] = last
+    (folder / "tokenizer.json").write_text(json.dumps(text))
+    model.load_tokenizer(folder / "tokenizer.json", last)
+    frame = [{"SpecialToken": {"id": "<pad2>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]
+    ids = {"<pad2>": {"id": "<pad2>", "ids": [last], "tokens": ["<pad2>"]}}
+    text["post_processor"] = dict(type="TemplateProcessing", single=frame, pair=frame, special_tokens=ids)
+    (folder / "tokenizer.json").write_text(json.dumps(text))
+    with pytest.raises(model.BadInput, match=f"token id {last}"):
+        model.load_tokenizer(folder / "tokenizer.json", last)
+
+
 @pytest.mark.parametrize("name", [*DECODERS, *ENCODER_DECODERS, "bert"])
 def test_load_save_load_is_equal_to_the_bit(name, tmp_path):
     lm, tokenizer = model.load(FIXTURES / name)
