@@ -944,7 +944,7 @@ def current_name(name):
 
 
 def read_weights(lm, path, device, dtype):
-    """Return the state dict of `lm`, from the folder; dtype None: the dtype of its first tensor.
+    """Return the state dict of `lm`, from the folder; dtype None: as stored, but a float16 T5 in float32.
 
     Raise BadInput if a tensor is missing, wrong, or has no place in the model.
     """
