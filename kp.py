@@ -367,6 +367,7 @@ def sequence_losses(student, inputs, targets):
         read = [*model.pad(inputs), decoder_input_ids]
     else:
         ids, mask = model.pad([prompt + target for prompt, target in zip(inputs, targets)])
+        ids, mask = widen(ids, mask, model.device_of(student))
         read = [ids[:, :-1], mask[:, :-1]]
         labels = ids[:, 1:]  # (B, T): one place earlier
         is_label = mask[:, 1:].clone()
@@ -380,6 +381,17 @@ def sequence_losses(student, inputs, targets):
     losses = F.cross_entropy(logits.float(), labels[keep], reduction="none")  # (N,)
     zeros = torch.zeros_like(labels, dtype=torch.float)  # (B, T)
     return zeros.index_put(keep, losses).sum(1) / counts  # of each row, its mean
+
+
+def widen(ids, mask, device):
+    """Return ids and mask (B, T) with one more column where Hopper's gradient would be NaN.
+
+    cuDNN's kernel gives it for rows of 64 tokens beyond a multiple of 128 (pytorch issue 196678), and
+    what a model reads has one token less than `ids`.
+    """
+    if device.type == "cuda" and ids.shape[1] % 128 == 65:
+        return F.pad(ids, (0, 1)), F.pad(mask, (0, 1))
+    return ids, mask
 
 
 def move(device, *tensors):

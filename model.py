@@ -464,10 +464,14 @@ def attend(q, k, v, bias):
 
 @functools.cache
 def has_shared_heads(device, dtype):
-    """Tell whether a GPU's fused kernel lets heads share keys under a bias: cuDNN's, from Hopper on."""
+    """Tell whether a GPU's fused kernel lets heads share keys under a bias: cuDNN's, on Hopper.
+
+    On Blackwell it writes wrong texts (pytorch issue 193893), or there is none.
+    """
     if device.type != "cuda" or dtype == torch.float32 or torch.__version__ < (2, 11):
         return False
-    return torch.cuda.get_device_capability(device) >= (9, 0)
+    is_hopper = torch.cuda.get_device_capability(device) == (9, 0)
+    return is_hopper and torch.backends.cudnn.version() > 91500
 
 
 class LlamaLayer(nn.Module):
@@ -953,10 +957,13 @@ def read_weights(lm, path, device, dtype):
     for file in weight_files(path):
         tensors |= read_tensors(file)[0]  # maps of the file, not read yet
     tensors = {current_name(name): tensor for name, tensor in tensors.items()}
-    if isinstance(lm, T5) and "lm_head.weight" not in tensors:
-        lm.lm_head = None  # then `shared` is the head, as in transformers 5
-    if isinstance(lm, T5) and "shared.weight" not in tensors and "decoder.embed_tokens.weight" in tensors:
-        tensors["shared.weight"] = tensors["decoder.embed_tokens.weight"]  # the copy that MADLAD-400 keeps
+    if isinstance(lm, T5):
+        whole = any(name.startswith("decoder.block.") for name in tensors)
+        require(whole, f"{path}: an encoder alone is not supported; take a whole T5, or a BERT")
+        if "lm_head.weight" not in tensors:
+            lm.lm_head = None  # then `shared` is the head, as in transformers 5
+        if "decoder.embed_tokens.weight" in tensors:  # a copy of `shared`; MADLAD-400 has no other
+            tensors.setdefault("shared.weight", tensors["decoder.embed_tokens.weight"])
     state = lm.state_dict()
     missing = sorted(state.keys() - tensors.keys())
     if missing:

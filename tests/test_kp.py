@@ -244,6 +244,23 @@ def test_a_long_chat_keeps_its_frame_its_task_and_its_end(says_again):
     assert "".join(spelt(tokenizer, ids)).startswith("<s>[INST] explain 3:x")  # the teacher's number too
 
 
+def test_rows_are_widened_where_a_gpu_s_gradient_would_be_nan(monkeypatch):
+    gpu = torch.device("cuda")
+    for n in (1, 64, 65, 66, 128, 129, 193):
+        ids = torch.full((2, n), 3)
+        wide, mask = kp.widen(ids, torch.ones_like(ids), gpu)
+        assert torch.equal(wide[:, :n], ids) and mask.sum() == 2 * n
+        assert (wide.shape[1] - 1) % 128 != 64
+        assert wide.shape[1] == n + (n in (65, 193)) == mask.shape[1]
+        assert kp.widen(ids, mask, torch.device("cpu"))[0] is ids
+    student = tiny_llama(200)
+    rows = [[5] * 40], [[7] * 25]  # 65 together
+    narrow = kp.sequence_losses(student, *rows)
+    on_gpu = kp.widen
+    monkeypatch.setattr(kp, "widen", lambda ids, mask, device: on_gpu(ids, mask, gpu))
+    assert torch.allclose(kp.sequence_losses(student, *rows), narrow, atol=1e-6)
+
+
 def test_a_choice_is_not_likelier_for_being_the_beginning_of_another():
     tokenizer = merging_tokenizer()
     student = tiny_llama(200, eos_token_id=2)

@@ -657,6 +657,14 @@ def test_a_t5_whose_embedding_is_stored_as_the_decoder_s(tmp_path):
     assert torch.equal(lm.shared.weight, model.load(FIXTURES / "flan-t5")[0].shared.weight)
 
 
+def test_a_t5_that_is_an_encoder_alone_is_told_so(tmp_path):
+    folder = shutil.copytree(FIXTURES / "flan-t5", tmp_path / "gtr")
+    keep = ("encoder.", "shared.")
+    weights(folder, lambda tensors: [tensors.pop(name) for name in list(tensors) if not name.startswith(keep)])
+    with pytest.raises(model.BadInput, match="gtr: an encoder alone is not supported; take a whole T5, or a BERT"):
+        model.load(folder)
+
+
 def test_a_special_token_that_no_text_gets_may_lie_beyond_the_embedding(tmp_path):
     """Copies of Llama-2 have <pad> = 32000 and 32,000 rows; a start token beyond would be met in every text."""
     folder = shutil.copytree(FIXTURES / "llama-2", tmp_path / "llama-2")
