@@ -661,7 +661,8 @@ class CheckpointTeacher:
         self.size = sum(file.stat().st_size for file in weights)
         decisive = [self.folder / "config.json", self.folder / "tokenizer.json", *weights]
         ends = self.folder / "generation_config.json"
-        decisive += [ends] if ends.exists() else []
+        if ends.exists():
+            decisive.append(ends)
         self.said = Said(Path(cache) / fingerprint(decisive)[:16] / "said.jsonl")
 
     def scores(self, questions):

@@ -100,7 +100,7 @@ class Purifier:
         return random.Random(self.seed).sample(self.fit_on, min(n, len(self.fit_on)))
 
     def questions_to_score(self):
-        """Return the questions whose scores `fit` will ask for."""
+        """Return the questions whose scores `fit` will ask for. `open` opens what they need."""
         return []
 
     @cached_property
